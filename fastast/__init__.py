@@ -1,0 +1,22 @@
+"""fastast: fast, lean training of audio spectrogram transformers.
+
+A batch is one flat stream of real tokens: clips of any length and any time resolution lie end to
+end, and :class:`Segments` says where each begins. See ``docs/concepts.md``.
+"""
+
+from fastast.interop import from_reference
+from fastast.models import AST, ElasticAST, create_model, list_models
+from fastast.segments import Segments, Spectrograms, TokenBudget
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AST",
+    "ElasticAST",
+    "Segments",
+    "Spectrograms",
+    "TokenBudget",
+    "create_model",
+    "from_reference",
+    "list_models",
+]

@@ -1,0 +1,5 @@
+"""Other projects' weights in our models."""
+
+from fastast.interop.reference import from_reference
+
+__all__ = ["from_reference"]

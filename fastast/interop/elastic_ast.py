@@ -1,0 +1,62 @@
+"""ElasticAST's published weights (JiuFengSC/ElasticAST, which states no licence)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastast.models import ElasticAST
+
+
+def from_state_dict(weights: dict[str, Tensor], config: dict) -> ElasticAST:
+    """Converts the original's separate query and key-value projections to our fused one.
+
+    The original scales attention nowhere, so the model has ``attention_scale=1``. Its key bias
+    in the pooling cancels and is left out. ``config``: ``pool`` (``"attention"``, or ``"mean"``
+    for models trained with ``avg_pool_tk``) and ``patch_size`` (default square).
+    """
+    patch = weights["patch_embed.0.weight"]  # [dim, height * width]
+    dim = patch.shape[0]
+    side = round(patch.shape[1] ** 0.5)
+    patch_size = tuple(config.get("patch_size", (side, side)))
+    pool = config.get("pool", "attention")
+    freq = weights["pos_embed_freq"]
+    blocks = "blocks.modules_list."
+    model = ElasticAST(
+        weights["head.weight"].shape[0],
+        num_mels=freq.shape[0] * patch_size[0],
+        patch_size=patch_size,
+        max_time_patches=weights["pos_embed_time"].shape[0],
+        dim=dim,
+        depth=1 + max(int(key.split(".")[2]) for key in weights if key.startswith(blocks)),
+        num_heads=dim // 64,
+        pool=pool,
+        attention_scale=1.0,
+    ).to(patch.dtype)
+    converted = {
+        "patch_embed.proj.weight": patch,
+        "patch_embed.proj.bias": weights["patch_embed.0.bias"],
+        "positions.freq": freq,
+        "positions.time": weights["pos_embed_time"],
+    }
+    for part in ("weight", "bias"):
+        converted[f"trunk.norm.{part}"] = weights[f"norm.{part}"]
+        converted[f"norm.{part}"] = weights[f"mlp_norm.{part}"]
+        converted[f"head.{part}"] = weights[f"head.{part}"]
+    for key, value in weights.items():
+        if not key.startswith(blocks) or ".attn.to_kv." in key:
+            continue
+        name = "trunk.blocks." + key.removeprefix(blocks)
+        if ".attn.to_q." in key:
+            name = name.replace("to_q", "qkv")
+            value = torch.cat([value, weights[key.replace("to_q", "to_kv")]])
+        converted[name] = value
+    if pool == "attention":
+        converted["pool.query"] = weights["attn_pool_queries"]
+        converted["pool.k.weight"] = weights["attn_pool.to_kv.weight"][:dim]
+        for part in ("weight", "bias"):
+            converted[f"pool.q.{part}"] = weights[f"attn_pool.to_q.{part}"]
+            converted[f"pool.v.{part}"] = weights[f"attn_pool.to_kv.{part}"][dim:]
+            converted[f"pool.proj.{part}"] = weights[f"attn_pool.proj.{part}"]
+    model.load_state_dict(converted)
+    return model

@@ -1,0 +1,7 @@
+"""Audio spectrogram transformers over packed streams."""
+
+from fastast.models.ast import AST
+from fastast.models.elastic_ast import ElasticAST
+from fastast.models.registry import create_model, list_models
+
+__all__ = ["AST", "ElasticAST", "create_model", "list_models"]

@@ -1,0 +1,93 @@
+"""AST: the audio spectrogram transformer, a ViT with overlapping patches and a fixed input length.
+
+Gong, Chung and Glass, "AST: Audio Spectrogram Transformer", Interspeech 2021. A class and a
+distillation token (DeiT) precede each clip's patches; one table holds a learned position for each
+row of the fixed grid; the mean of the two tokens is classified.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastast.models.vit import PatchEmbed, Trunk, as_stream, init_vit_weights, register_sizes
+from fastast.segments import Spectrograms
+from fastast.tokens import GridPositions, PatchGeometry, PatchGrid
+
+
+class AST(nn.Module):
+    """Classifier for spectrograms of one length.
+
+    Other lengths are accepted: the position table is then laid over each clip's own grid, as
+    resizing it bilinearly for that length would do. What a model trained at one length makes of
+    another is a different matter (ElasticAST, figures 4 and 5).
+
+    Args:
+        num_classes: of the logits.
+        input_frames: frames of the clips it is made for.
+        num_mels: mel bins of the input.
+        patch_size: ``(mel bins, frames)``.
+        stride: between patches; AST's best is ``(10, 10)``, its fastest ``(16, 16)``.
+        dim, depth, num_heads, mlp_ratio: of the trunk.
+
+    Raises:
+        ValueError: ``input_frames`` shorter than a patch, or a ``dim`` that ``num_heads`` does
+            not divide.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        input_frames: int = 1024,
+        num_mels: int = 128,
+        patch_size: tuple[int, int] = (16, 16),
+        stride: tuple[int, int] = (10, 10),
+        dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.geometry = PatchGeometry(num_mels, patch_size, stride, prefix=2)
+        self.input_frames = input_frames
+        time_patches = self.geometry.time_patches(input_frames)
+        if time_patches < 1:
+            raise ValueError(
+                f"input_frames ({input_frames}) is shorter than a patch ({patch_size[1]} frames)"
+            )
+        self.patch_embed = PatchEmbed(self.geometry, dim)
+        self.prefix = nn.Parameter(torch.empty(2, dim))  # cls, dist
+        self.positions = GridPositions(2, self.geometry.freq_patches, time_patches, dim)
+        self.trunk = Trunk(dim, depth, num_heads, mlp_ratio=mlp_ratio)
+        self.norm = nn.LayerNorm(dim, eps=1e-5)  # unlike the trunk's 1e-6, as in the original
+        self.head = nn.Linear(dim, num_classes)
+        nn.init.trunc_normal_(self.prefix, std=0.02)
+        self.apply(init_vit_weights)
+
+    def forward_features(
+        self, inputs: Spectrograms | Tensor, grid: PatchGrid | None = None
+    ) -> tuple[Tensor, PatchGrid]:
+        """Token features ``[rows, dim]`` after the trunk, and the list of what each row is."""
+        frames, grid = as_stream(inputs, grid, self.geometry)
+        patches = self.patch_embed(frames, grid)
+        prefix = F.embedding(grid.prefix_id.clamp(min=0), self.prefix).to(patches.dtype)
+        tokens = torch.where((grid.prefix_id >= 0)[:, None], prefix, patches)
+        return self.trunk(tokens + self.positions(grid), grid.segments), grid
+
+    def forward(self, inputs: Spectrograms | Tensor, grid: PatchGrid | None = None) -> Tensor:
+        """Logits ``[clips, num_classes]`` in input order.
+
+        Args:
+            inputs: :class:`~fastast.Spectrograms`, or dense ``[clips, frames, num_mels]``.
+            grid: the token list, from ``model.geometry.grid(...)``; made here if missing.
+        """
+        features, grid = self.forward_features(inputs, grid)
+        # Empty segments have no class tokens; any row serves, since their logits mean nothing.
+        cls = grid.segments.offsets[:-1].clamp(max=max(grid.num_rows - 2, 0))
+        pooled = (F.embedding(cls, features) + F.embedding(cls + 1, features)) / 2
+        return self.head(self.norm(pooled))
+
+
+register_sizes("ast", AST)

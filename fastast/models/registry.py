@@ -1,0 +1,38 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatch
+
+from torch import nn
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register_model(name: str, build: Callable[..., nn.Module]) -> None:
+    """Makes ``build(num_classes, **kwargs)`` available as ``create_model(name, ...)``."""
+    if name in _BUILDERS:
+        raise ValueError(f"a model named {name!r} is registered already")
+    _BUILDERS[name] = build
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that :func:`create_model` accepts, such as ``list_models("ast_*")``."""
+    return sorted(name for name in _BUILDERS if fnmatch(name, pattern))
+
+
+def create_model(name: str, num_classes: int, **kwargs) -> nn.Module:
+    """Builds a model with random weights.
+
+    Args:
+        name: one of :func:`list_models`.
+        num_classes: of the logits.
+        **kwargs: of the model's class, over the defaults of the named size.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in _BUILDERS:
+        raise ValueError(f"name must be one of {', '.join(list_models())}; got {name!r}")
+    return _BUILDERS[name](num_classes, **kwargs)

@@ -1,0 +1,145 @@
+"""The packed trunk: a pre-norm vision transformer over a flat stream of tokens.
+
+All the library's ViT-shaped models run on these blocks. Modules are named as in timm, so that
+published weights map onto them one to one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastast.models.registry import register_model
+from fastast.nn import PackedAttention
+from fastast.segments import Segments, Spectrograms
+from fastast.tokens import PatchGeometry, PatchGrid, patchify
+
+
+@dataclass(frozen=True)
+class TrunkSize:
+    """Width, depth and heads of a trunk; heads are 64 channels wide at every size."""
+
+    dim: int
+    depth: int
+    num_heads: int
+
+
+TRUNK_SIZES = {
+    "tiny": TrunkSize(192, 12, 3),
+    "small": TrunkSize(384, 12, 6),
+    "base": TrunkSize(768, 12, 12),
+}
+"""The DeiT sizes, which all four papers use (Touvron et al., 2021)."""
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact (erf) GELU between them."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each after a LayerNorm and around a residual connection."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, scale: float | None) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = PackedAttention(dim, num_heads, scale=scale)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+        x = x + self.attn(self.norm1(x), segments)
+        return x + self.mlp(self.norm2(x))
+
+
+class Trunk(nn.Module):
+    """A stack of blocks and a final LayerNorm.
+
+    Args:
+        dim, depth, num_heads: see :data:`TRUNK_SIZES`.
+        mlp_ratio: hidden width of the MLP over ``dim``.
+        scale: of the attention scores; default ``head_dim ** -0.5``.
+
+    Shape:
+        ``[rows, dim] -> [rows, dim]``; rows past the last segment come out finite and meaning
+        nothing.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, scale) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+        for block in self.blocks:
+            x = block(x, segments)
+        return self.norm(x)
+
+
+class PatchEmbed(nn.Module):
+    """Patches of a spectrogram stream, each projected to a token.
+
+    Shape:
+        ``frames [rows, num_mels]``, grid ``-> [grid.num_rows, dim]``.
+    """
+
+    def __init__(self, geometry: PatchGeometry, dim: int) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.proj = nn.Linear(geometry.patch_size[0] * geometry.patch_size[1], dim)
+
+    def forward(self, frames: Tensor, grid: PatchGrid) -> Tensor:
+        return self.proj(patchify(frames, grid, self.geometry))
+
+
+def as_stream(
+    inputs: Spectrograms | Tensor, grid: PatchGrid | None, geometry: PatchGeometry
+) -> tuple[Tensor, PatchGrid]:
+    """Brings a model's input to a frame stream and its token list.
+
+    Args:
+        inputs: :class:`~fastast.Spectrograms`, or dense ``[clips, frames, num_mels]``.
+        grid: the token list; if missing it is made here, on the host. Pass it in compiled code.
+        geometry: of the model.
+    """
+    if isinstance(inputs, Tensor):
+        inputs = Spectrograms.from_dense(inputs)
+    if grid is None:
+        grid = geometry.grid(inputs.segments).to(inputs.frames.device)
+    return inputs.frames, grid
+
+
+def init_vit_weights(module: nn.Module) -> None:
+    """Initialises linear layers as ViT does; for :meth:`torch.nn.Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def register_sizes(family: str, model: type[nn.Module]) -> None:
+    """Registers a model class in every trunk size, as ``{family}_{size}``."""
+    for size, trunk in TRUNK_SIZES.items():
+        register_model(f"{family}_{size}", partial(_build, model, asdict(trunk)))
+
+
+def _build(model: type[nn.Module], defaults: dict, num_classes: int, **kwargs) -> nn.Module:
+    return model(num_classes, **(defaults | kwargs))

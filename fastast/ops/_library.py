@@ -1,0 +1,78 @@
+"""The ``fastast::`` operator namespace, and what the operators over segments share.
+
+Every operator is opaque to the compiler: a schema, a kernel per device, a fake kernel for
+tracing, and a backward that is an operator of its own. None mutates or aliases its inputs.
+
+The kernels registered here are written in terms of PyTorch's own CPU kernels and read the
+geometry from ``host_offsets``, so they run on any device without waiting for it. A kernel for a
+particular device registers itself under that device's key and takes precedence.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastast.segments import Segments
+
+LIBRARY = torch.library.Library("fastast", "DEF")
+ANY_DEVICE = "CompositeExplicitAutograd"
+
+SEGMENTS_SCHEMA = "Tensor offsets, Tensor host_offsets, Tensor tiles, int max_length"
+"""How every operator's schema spells a :class:`~fastast.Segments`."""
+
+
+class Run(NamedTuple):
+    """Neighbouring segments of one length: a dense ``[count, length, ...]`` view of the stream."""
+
+    segment: int
+    row: int
+    count: int
+    length: int
+
+    @property
+    def rows(self) -> slice:
+        """The run's rows of the stream."""
+        return slice(self.row, self.row + self.count * self.length)
+
+    @property
+    def segments(self) -> slice:
+        """The run's segments."""
+        return slice(self.segment, self.segment + self.count)
+
+
+def equal_runs(host_offsets: Tensor) -> list[Run]:
+    """Groups neighbouring segments of one length; empty ones are left out.
+
+    One kernel call serves a run, with no copy. Loaders put clips of equal length side by side
+    for this.
+    """
+    runs: list[Run] = []
+    offsets = host_offsets.tolist()
+    for segment, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        length = end - begin
+        last = runs[-1] if runs else None
+        if last and last.length == length and last.segment + last.count == segment:
+            runs[-1] = last._replace(count=last.count + 1)
+        elif length:
+            runs.append(Run(segment, begin, 1, length))
+    return runs
+
+
+def check_stream(name: str, x: Tensor, segments: Segments) -> None:
+    """Rejects a stream that does not fit its segments, with a message that says so."""
+    if x.device != segments.offsets.device:
+        raise ValueError(
+            f"{name} is on {x.device} but segments are on {segments.offsets.device}: "
+            "move them with segments.to(device)"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {x.dtype}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Rejects an option's value that is not among its choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")

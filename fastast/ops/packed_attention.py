@@ -1,0 +1,333 @@
+r"""Attention within each segment of a packed stream.
+
+For the rows :math:`i, j` of one segment and each head, with :math:`s` the scale,
+
+.. math::
+    P_{ij} = \mathrm{softmax}_j(s\, q_i \cdot k_j), \qquad
+    o_i = \sum_j P_{ij} v_j, \qquad
+    \ell_i = \log \sum_j e^{s\, q_i \cdot k_j}
+
+which is the block-diagonal masked attention of ElasticAST (Feng et al., 2024, section 2.2) without
+the mask: scores between clips are never computed. The forward keeps the inputs, :math:`o` and
+:math:`\ell`; the backward recomputes :math:`P_{ij} = e^{s\, q_i \cdot k_j - \ell_i}`
+(FlashAttention, Dao et al., 2022):
+
+.. math::
+    dV_j = \sum_i P_{ij}\, dO_i, \quad
+    dS_{ij} = P_{ij}\,(dO_i \cdot v_j - dO_i \cdot o_i), \quad
+    dQ_i = s \sum_j dS_{ij} k_j, \quad
+    dK_j = s \sum_i dS_{ij} q_i
+
+Layouts: ``q, k, v, out [rows, heads, head_dim]``; ``lse [heads, rows]``, natural logarithm. Dead
+rows are zero in the output and in all gradients, and never read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastast.ops._library import (
+    ANY_DEVICE,
+    LIBRARY,
+    SEGMENTS_SCHEMA,
+    Run,
+    check_choice,
+    check_stream,
+    equal_runs,
+)
+from fastast.segments import Segments
+
+BACKENDS = ("auto", "reference")
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Bidirectional softmax attention within each segment of a packed stream.
+
+    Args:
+        q, k, v: ``[rows, heads, head_dim]``, of one floating dtype and device. Any strides.
+        segments: of the stream; rows past the last segment yield zeros.
+        scale: of the scores; default ``head_dim ** -0.5``. ElasticAST's published models use 1.
+        backend: ``"auto"`` or ``"reference"`` (explicit matmul and softmax, any dtype).
+
+    Returns:
+        ``[rows, heads, head_dim]``, contiguous, in the dtype of ``q``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+    """
+    check_choice("backend", backend, BACKENDS)
+    check_stream("q", q, segments)
+    if q.ndim != 3:
+        raise ValueError(f"q must be [rows, heads, head_dim], got {tuple(q.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} must match q ({tuple(q.shape)}, {q.dtype}, {q.device}), "
+                f"got ({tuple(x.shape)}, {x.dtype}, {x.device})"
+            )
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if backend == "reference":
+        return packed_attention_reference(q, k, v, segments.host_offsets, scale)
+    return torch.ops.fastast.packed_attention(q, k, v, *_tables(segments), scale)[0]
+
+
+def packed_attention_qkv(
+    qkv: Tensor, segments: Segments, *, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
+    """:func:`packed_attention` on one projection's output, with one tensor of gradients.
+
+    Args:
+        qkv: ``[rows, 3, heads, head_dim]``, as a fused projection writes it.
+        segments, scale, backend: as for :func:`packed_attention`.
+
+    Returns:
+        ``[rows, heads, head_dim]``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+    """
+    check_choice("backend", backend, BACKENDS)
+    check_stream("qkv", qkv, segments)
+    if qkv.ndim != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv must be [rows, 3, heads, head_dim], got {tuple(qkv.shape)}")
+    scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
+    if backend == "reference":
+        return packed_attention_reference(*qkv.unbind(1), segments.host_offsets, scale)
+    return torch.ops.fastast.packed_attention_qkv(qkv, *_tables(segments), scale)[0]
+
+
+def packed_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, host_offsets: Tensor, scale: float
+) -> Tensor:
+    """The specification: explicit scores and softmax, segment by segment, differentiable."""
+    offsets = host_offsets.tolist()
+    parts = []
+    for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+        qs, ks, vs = (x[begin:end].transpose(0, 1) for x in (q, k, v))  # [heads, length, dim]
+        scores = scale * (qs @ ks.transpose(1, 2))
+        parts.append((scores.softmax(-1) @ vs).transpose(0, 1))
+    dead = q.new_zeros(q.shape[0] - offsets[-1], *q.shape[1:])
+    return torch.cat([*parts, dead])
+
+
+def attention_flops(host_offsets: Tensor, heads: int, head_dim: int) -> int:
+    """Floating-point operations of the two forward matmuls, summed over segments."""
+    lengths = host_offsets.to(torch.int64).diff()
+    return 4 * heads * head_dim * int((lengths * lengths).sum())
+
+
+# The operators --------------------------------------------------------------------------------
+
+LIBRARY.define(
+    f"packed_attention(Tensor q, Tensor k, Tensor v, {SEGMENTS_SCHEMA}, float scale)"
+    " -> (Tensor out, Tensor lse)"
+)
+LIBRARY.define(
+    "packed_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out,"
+    f" Tensor lse, {SEGMENTS_SCHEMA}, float scale) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    f"packed_attention_qkv(Tensor qkv, {SEGMENTS_SCHEMA}, float scale) -> (Tensor out, Tensor lse)"
+)
+LIBRARY.define(
+    "packed_attention_qkv_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse,"
+    f" {SEGMENTS_SCHEMA}, float scale) -> Tensor"
+)
+
+
+def _tables(segments: Segments) -> tuple[Tensor, Tensor, Tensor, int]:
+    return segments.offsets, segments.host_offsets, segments.tiles, segments.max_length
+
+
+def _as_run(x: Tensor, run: Run) -> Tensor:
+    """Rows of a run as a view ``[count, heads, length, head_dim]``."""
+    return x[run.rows].unflatten(0, (run.count, run.length)).transpose(1, 2)
+
+
+def _lse_run(lse: Tensor, run: Run) -> Tensor:
+    """The run's log-sum-exps as a view ``[count, heads, length]``."""
+    return lse[:, run.rows].unflatten(1, (run.count, run.length)).transpose(0, 1)
+
+
+def _dense_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, scale=scale
+        )
+    scores = scale * (q @ k.transpose(-1, -2)).to(_lse_dtype(q))
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
+
+
+def _dense_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, False, scale=scale
+        )
+    scores = scale * (q @ k.transpose(-1, -2)).to(_lse_dtype(q))
+    p = (scores - lse[..., None]).exp()
+    delta = (grad * out).sum(-1, keepdim=True, dtype=p.dtype)
+    ds = (scale * p * ((grad @ v.transpose(-1, -2)) - delta)).to(q.dtype)
+    return ds @ k, ds.transpose(-1, -2) @ q, p.to(grad.dtype).transpose(-1, -2) @ grad
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, host_offsets: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    rows, heads, dim = q.shape
+    out = q.new_empty(rows, heads, dim)
+    lse = q.new_empty(heads, rows, dtype=_lse_dtype(q))
+    for run in equal_runs(host_offsets):
+        run_out, run_lse = _dense_forward(*(_as_run(x, run) for x in (q, k, v)), scale)
+        _as_run(out, run).copy_(run_out)
+        _lse_run(lse, run).copy_(run_lse)
+    end = int(host_offsets[-1])
+    out[end:].zero_()
+    lse[:, end:].zero_()
+    return out, lse
+
+
+def _backward(
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    host_offsets: Tensor,
+    scale: float,
+) -> None:
+    """Writes dq, dk and dv into ``grads``."""
+    for run in equal_runs(host_offsets):
+        inputs = (_as_run(x, run) for x in (grad_out, q, k, v, out))
+        run_grads = _dense_backward(*inputs, _lse_run(lse, run).contiguous(), scale)
+        for grad, run_grad in zip(grads, run_grads, strict=True):
+            _as_run(grad, run).copy_(run_grad)
+    for grad in grads:
+        grad[int(host_offsets[-1]) :].zero_()
+
+
+@torch.library.impl(LIBRARY, "packed_attention", ANY_DEVICE)
+def _attention(q, k, v, offsets, host_offsets, tiles, max_length, scale):
+    return _forward(q, k, v, host_offsets, scale)
+
+
+@torch.library.impl(LIBRARY, "packed_attention_backward", ANY_DEVICE)
+def _attention_backward(
+    grad_out, q, k, v, out, lse, offsets, host_offsets, tiles, max_length, scale
+):
+    grads = tuple(q.new_empty(q.shape) for _ in range(3))
+    _backward(grads, grad_out, q, k, v, out, lse, host_offsets, scale)
+    return grads
+
+
+@torch.library.impl(LIBRARY, "packed_attention_qkv", ANY_DEVICE)
+def _attention_qkv(qkv, offsets, host_offsets, tiles, max_length, scale):
+    return _forward(*qkv.unbind(1), host_offsets, scale)
+
+
+@torch.library.impl(LIBRARY, "packed_attention_qkv_backward", ANY_DEVICE)
+def _attention_qkv_backward(
+    grad_out, qkv, out, lse, offsets, host_offsets, tiles, max_length, scale
+):
+    grad = qkv.new_empty(qkv.shape)
+    _backward(grad.unbind(1), grad_out, *qkv.unbind(1), out, lse, host_offsets, scale)
+    return grad
+
+
+# Shapes for tracing ---------------------------------------------------------------------------
+
+
+@torch.library.register_fake("fastast::packed_attention", lib=LIBRARY)
+def _(q, k, v, offsets, host_offsets, tiles, max_length, scale):
+    rows, heads, dim = q.shape
+    return q.new_empty(rows, heads, dim), q.new_empty(heads, rows, dtype=_lse_dtype(q))
+
+
+@torch.library.register_fake("fastast::packed_attention_backward", lib=LIBRARY)
+def _(grad_out, q, k, v, out, lse, offsets, host_offsets, tiles, max_length, scale):
+    return tuple(q.new_empty(q.shape) for _ in range(3))
+
+
+@torch.library.register_fake("fastast::packed_attention_qkv", lib=LIBRARY)
+def _(qkv, offsets, host_offsets, tiles, max_length, scale):
+    rows, _, heads, dim = qkv.shape
+    return qkv.new_empty(rows, heads, dim), qkv.new_empty(heads, rows, dtype=_lse_dtype(qkv))
+
+
+@torch.library.register_fake("fastast::packed_attention_qkv_backward", lib=LIBRARY)
+def _(grad_out, qkv, out, lse, offsets, host_offsets, tiles, max_length, scale):
+    return qkv.new_empty(qkv.shape)
+
+
+# Autograd -------------------------------------------------------------------------------------
+
+
+def _save(ctx, inputs, output):
+    *tensors, offsets, host_offsets, tiles, max_length, scale = inputs
+    ctx.save_for_backward(*tensors, *output, offsets, host_offsets, tiles)
+    ctx.max_length, ctx.scale = max_length, scale
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attention_vjp(ctx, grad_out, _):
+    grads = torch.ops.fastast.packed_attention_backward(
+        grad_out, *ctx.saved_tensors, ctx.max_length, ctx.scale
+    )
+    return *grads, None, None, None, None, None
+
+
+def _attention_qkv_vjp(ctx, grad_out, _):
+    grad = torch.ops.fastast.packed_attention_qkv_backward(
+        grad_out, *ctx.saved_tensors, ctx.max_length, ctx.scale
+    )
+    return grad, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "fastast::packed_attention", _attention_vjp, setup_context=_save, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "fastast::packed_attention_qkv", _attention_qkv_vjp, setup_context=_save, lib=LIBRARY
+)
+
+
+# Cost -----------------------------------------------------------------------------------------
+
+
+@register_flop_formula(torch.ops.fastast.packed_attention, get_raw=True)
+def _(q, k, v, offsets, host_offsets, *args, **kwargs) -> int:
+    return attention_flops(host_offsets, *q.shape[1:])
+
+
+@register_flop_formula(torch.ops.fastast.packed_attention_qkv, get_raw=True)
+def _(qkv, offsets, host_offsets, *args, **kwargs) -> int:
+    return attention_flops(host_offsets, *qkv.shape[2:])
+
+
+@register_flop_formula(torch.ops.fastast.packed_attention_backward, get_raw=True)
+def _(grad_out, q, k, v, out, lse, offsets, host_offsets, *args, **kwargs) -> int:
+    # Five matmuls (the scores again, dV, dP, dQ, dK) to the forward's two.
+    return attention_flops(host_offsets, *q.shape[1:]) * 5 // 2
+
+
+@register_flop_formula(torch.ops.fastast.packed_attention_qkv_backward, get_raw=True)
+def _(grad_out, qkv, out, lse, offsets, host_offsets, *args, **kwargs) -> int:
+    return attention_flops(host_offsets, *qkv.shape[2:]) * 5 // 2

@@ -1,0 +1,57 @@
+"""Counter-based random numbers: a pure function of (seed, epoch, clip, purpose, index).
+
+The same clip draws the same numbers in whichever worker, rank or batch it turns up, so a run
+does not depend on how its clips were dealt out. There is no generator state to save or to
+synchronise, and the draws are made on the device that uses them.
+
+The mixing function is splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+generators", OOPSLA 2014), applied to a chain of the keys.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed 64-bit integers, which wrap around
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch's shift copies the sign bit; drop it
+
+
+def _splitmix64(x: Tensor) -> Tensor:
+    x = x + _GOLDEN
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def random_bits(seed: int, epoch: int | Tensor, clips: Tensor, purpose: str, draws: int) -> Tensor:
+    """Hashes the keys to int64 ``[len(clips), draws]``, uniform over all 64-bit patterns.
+
+    Args:
+        seed: of the run.
+        epoch: of the training; the same clip draws anew in each. A tensor works as well, so
+            that a compiled step need not be recompiled for every epoch.
+        clips: int64 ``[S]``, stable identifiers of the clips (their index in the dataset).
+        purpose: what the numbers are for, such as ``"gain"``; different purposes are independent.
+        draws: how many numbers per clip.
+    """
+    state = torch.full_like(clips, seed, dtype=torch.int64)
+    for key in (zlib.crc32(purpose.encode()), epoch, clips):
+        state = _splitmix64(state ^ key)
+    index = torch.arange(draws, device=clips.device, dtype=torch.int64)
+    return _splitmix64(_splitmix64(state[:, None]) ^ index)
+
+
+def random_uniform(
+    seed: int, epoch: int | Tensor, clips: Tensor, purpose: str, draws: int
+) -> Tensor:
+    """Uniform numbers in [0, 1): float32 ``[len(clips), draws]``. Arguments: `random_bits`."""
+    bits = random_bits(seed, epoch, clips, purpose, draws)
+    return _shift_right(bits, 40).to(torch.float32) * 2.0**-24

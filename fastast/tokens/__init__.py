@@ -1,0 +1,15 @@
+"""From spectrograms to tokens: patches, positions, and which patches are kept."""
+
+from fastast.tokens.grid import PatchGeometry, PatchGrid, random_keep
+from fastast.tokens.patchify import patchify
+from fastast.tokens.positions import FactorisedPositions, GridPositions, SinCosPositions
+
+__all__ = [
+    "FactorisedPositions",
+    "GridPositions",
+    "PatchGeometry",
+    "PatchGrid",
+    "SinCosPositions",
+    "patchify",
+    "random_keep",
+]

@@ -1,0 +1,186 @@
+"""Which patches of a ragged batch of spectrograms become tokens, and where they sit.
+
+A clip of ``n`` frames is cut into ``f' x t'`` patches; its tokens are listed frequency-major
+(token ``f * t' + t``), as in AST (Gong et al., 2021), after any prefix rows (``cls``, ``dist``).
+:class:`PatchGrid` is that list for a whole batch, as a table. A token that is dropped or masked
+is a row that is not in the table, so what is not there is never computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastast.random import random_bits
+from fastast.segments import Segments, TokenBudget
+
+
+@dataclass(frozen=True)
+class PatchGeometry:
+    """How spectrograms are cut into patches. Pairs are ``(frequency, time)``.
+
+    Args:
+        num_mels: mel bins of the spectrogram.
+        patch_size: of the patch, in mel bins and frames.
+        stride: between patches; smaller than ``patch_size`` makes them overlap. Default: no
+            overlap.
+        prefix: rows before each clip's patches, for class tokens.
+    """
+
+    num_mels: int = 128
+    patch_size: tuple[int, int] = (16, 16)
+    stride: tuple[int, int] | None = None
+    prefix: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        object.__setattr__(self, "stride", tuple(self.stride or self.patch_size))
+        if min(self.patch_size + self.stride) < 1:
+            raise ValueError(
+                f"patch_size {self.patch_size} and stride {self.stride} must be positive"
+            )
+        if self.num_mels < self.patch_size[0]:
+            raise ValueError(
+                f"patch_size[0] ({self.patch_size[0]} mel bins) exceeds num_mels "
+                f"({self.num_mels}): use a lower patch or more mel bins"
+            )
+
+    @property
+    def freq_patches(self) -> int:
+        """Patches along frequency."""
+        return (self.num_mels - self.patch_size[0]) // self.stride[0] + 1
+
+    def time_patches(self, frames: int | np.ndarray) -> int | np.ndarray:
+        """Patches along time of a clip of so many frames; frames left over are not used."""
+        patches = (np.asarray(frames) - self.patch_size[1]) // self.stride[1] + 1
+        patches = np.maximum(patches, 0)
+        return int(patches) if np.ndim(frames) == 0 else patches
+
+    def num_tokens(self, frames: int | np.ndarray) -> int | np.ndarray:
+        """Rows of the token stream that a clip takes; none if it is shorter than a patch."""
+        patches = self.freq_patches * self.time_patches(frames)
+        return np.where(patches > 0, patches + self.prefix, 0)[()]
+
+    def min_frames(self) -> int:
+        """Frames of the shortest clip that has a token."""
+        return self.patch_size[1]
+
+    def grid(
+        self,
+        frames: Segments | Sequence[int],
+        budget: TokenBudget | None = None,
+        keep: Sequence[np.ndarray] | None = None,
+    ) -> PatchGrid:
+        """Lists the tokens of a batch. Runs on the host, in the loader.
+
+        Args:
+            frames: the frame stream, or the frames of each clip in order.
+            budget: fixes the number of token rows and segments.
+            keep: for each clip, the sorted indices of the patches that become tokens. Default:
+                all.
+
+        Raises:
+            ValueError: the tokens do not fit the budget, or ``keep`` names a patch that the
+                clip does not have.
+        """
+        if isinstance(frames, Segments):
+            starts = frames.host_offsets.numpy().astype(np.int64)
+        else:
+            starts = np.concatenate([[0], np.cumsum(np.asarray(frames, np.int64))])
+        lengths = np.diff(starts)
+        width = self.time_patches(lengths)
+        full = self.freq_patches * width
+        if keep is None:
+            counts = full
+            patch = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        else:
+            keep = list(keep) + [np.zeros(0, np.int64)] * (len(lengths) - len(keep))
+            counts = np.array([len(kept) for kept in keep], np.int64)
+            for clip, kept in enumerate(keep):
+                if len(kept) and not (0 <= kept[0] and kept[-1] < full[clip]):
+                    raise ValueError(
+                        f"keep[{clip}] names patch {kept[-1]}; the clip has {full[clip]}"
+                    )
+            patch = np.concatenate(keep) if keep else np.zeros(0, np.int64)
+
+        prefix = np.where(counts > 0, self.prefix, 0)
+        segments = Segments.from_lengths((counts + prefix)[: len(lengths)], budget)
+        rows = budget.tokens if budget else int((counts + prefix).sum())
+
+        # One row of the table per token: prefix rows keep -1 in `freq`.
+        table = np.zeros((5, rows), np.int32)
+        first_frame, freq, time, clip_width, prefix_id = table
+        clip = np.repeat(np.arange(len(lengths)), counts)
+        begin = segments.host_offsets.numpy()[: len(lengths)]
+        row = np.arange(len(patch)) + np.repeat(
+            begin + prefix - (np.cumsum(counts) - counts), counts
+        )
+        freq[row] = patch // width[clip]
+        time[row] = patch % width[clip]
+        first_frame[row] = starts[clip] + time[row] * self.stride[1]
+        clip_width[row] = width[clip]
+        prefix_id[:] = -1
+        for index in range(self.prefix):
+            prefix_id[begin[counts > 0] + index] = index
+        return PatchGrid(segments, *(torch.from_numpy(column) for column in table))
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """The token list of a batch. Make one with :meth:`PatchGeometry.grid`.
+
+    Attributes:
+        segments: of the token stream, prefix rows included.
+        first_frame: int32 ``[rows]``, row of the frame stream where the token's patch begins.
+        freq: int32 ``[rows]``, the patch's place along frequency.
+        time: int32 ``[rows]``, the patch's place along time.
+        clip_width: int32 ``[rows]``, patches along time of the token's clip.
+        prefix_id: int32 ``[rows]``, which prefix token the row holds; -1 on patches.
+    """
+
+    segments: Segments
+    first_frame: Tensor
+    freq: Tensor
+    time: Tensor
+    clip_width: Tensor
+    prefix_id: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the token stream, dead ones included."""
+        return self.freq.shape[0]
+
+    def _tables(self) -> tuple[Tensor, ...]:
+        return self.first_frame, self.freq, self.time, self.clip_width, self.prefix_id
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PatchGrid:
+        """The same list on another device."""
+        return PatchGrid(
+            self.segments.to(device, non_blocking),
+            *(table.to(device, non_blocking=non_blocking) for table in self._tables()),
+        )
+
+    def pin_memory(self) -> PatchGrid:
+        """Page-locks the tables, so that :meth:`to` can overlap with computation."""
+        return PatchGrid(
+            self.segments.pin_memory(), *(table.pin_memory() for table in self._tables())
+        )
+
+
+def random_keep(num_patches: int, drop: float, seed: int, epoch: int, clip: int) -> np.ndarray:
+    """Patches of a clip that survive token dropping: sorted, without replacement.
+
+    ElasticAST's code (not its paper) trains with ``drop=0.1``. At least one patch survives.
+
+    Args:
+        num_patches: of the clip.
+        drop: share to drop, in [0, 1); the number kept is ``int(num_patches * (1 - drop))``.
+        seed, epoch, clip: keys of the draw, see :mod:`fastast.random`.
+    """
+    kept = min(num_patches, max(1, int(num_patches * (1 - drop))))
+    keys = random_bits(seed, epoch, torch.tensor([clip]), "token drop", num_patches)[0]
+    return np.sort(keys.argsort().numpy()[:kept])

@@ -1,0 +1,124 @@
+"""Positions of patches, for clips of any length.
+
+Every table gives a row per token from its place ``(freq, time)`` in its clip's own grid. A clip
+longer than the table is laid over it by linear interpolation along time (half-pixel centres, as
+bilinear resizing of the table to the clip's width would do), so that no length is out of range.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastast.tokens.grid import PatchGrid
+
+
+def _time_taps(grid: PatchGrid, width: int, stretch: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The two neighbouring table columns of each token and the weight of the second.
+
+    Clips no wider than the table use its first columns as they are; with ``stretch`` every clip
+    is laid over the whole table.
+    """
+    time = grid.time.to(torch.float32)
+    scale = width / grid.clip_width.clamp(min=1).to(torch.float32)
+    if not stretch:
+        scale = scale.clamp(max=1)
+    place = ((time + 0.5) * scale - 0.5).clamp(0, width - 1)
+    first = place.floor()
+    second = (first + 1).clamp(max=width - 1)
+    return first.to(torch.int64), second.to(torch.int64), place - first
+
+
+def _interpolate(table: Tensor, first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+    # F.embedding rather than indexing: its backward is deterministic on every device.
+    return torch.lerp(
+        F.embedding(first, table), F.embedding(second, table), weight.to(table)[:, None]
+    )
+
+
+class FactorisedPositions(nn.Module):
+    """A learned row per frequency plus a learned row per time (ElasticAST, section 3.2).
+
+    Args:
+        freq_patches, time_patches: sizes of the two tables. Clips with more time patches are
+            interpolated (the original fails on them).
+        dim: of the rows.
+
+    Shape:
+        :class:`~fastast.tokens.PatchGrid` ``-> [rows, dim]``.
+    """
+
+    def __init__(self, freq_patches: int, time_patches: int, dim: int) -> None:
+        super().__init__()
+        self.freq = nn.Parameter(torch.empty(freq_patches, dim))
+        self.time = nn.Parameter(torch.empty(time_patches, dim))
+        nn.init.trunc_normal_(self.freq, std=0.02)
+        nn.init.trunc_normal_(self.time, std=0.02)
+
+    def forward(self, grid: PatchGrid) -> Tensor:
+        first, second, weight = _time_taps(grid, self.time.shape[0], stretch=False)
+        return F.embedding(grid.freq, self.freq) + _interpolate(self.time, first, second, weight)
+
+
+class GridPositions(nn.Module):
+    """One learned row per prefix token and per patch of a fixed grid, as in ViT and AST.
+
+    Clips of another width than the grid's are laid over it, which is what resizing the table
+    bilinearly for that length does.
+
+    Args:
+        prefix: number of prefix rows.
+        freq_patches, time_patches: the grid.
+        dim: of the rows.
+
+    Shape:
+        :class:`~fastast.tokens.PatchGrid` ``-> [rows, dim]``.
+    """
+
+    def __init__(self, prefix: int, freq_patches: int, time_patches: int, dim: int) -> None:
+        super().__init__()
+        self.prefix, self.grid = prefix, (freq_patches, time_patches)
+        self.table = nn.Parameter(torch.empty(prefix + freq_patches * time_patches, dim))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def forward(self, grid: PatchGrid) -> Tensor:
+        width = self.grid[1]
+        first, second, weight = _time_taps(grid, width, stretch=True)
+        row = self.prefix + grid.freq * width
+        is_prefix = grid.prefix_id >= 0
+        first = torch.where(is_prefix, grid.prefix_id, row + first)
+        second = torch.where(is_prefix, grid.prefix_id, row + second)
+        return _interpolate(self.table, first, second, weight)
+
+
+class SinCosPositions(nn.Module):
+    """Fixed sines and cosines: half the channels for frequency, half for time. Any length.
+
+    Channel ``c`` of a half with ``n`` frequencies is ``sin(p * w_c)``, and ``n + c`` is
+    ``cos(p * w_c)``, with ``w_c = 10000 ** (-c / n)`` (Vaswani et al., 2017; in two dimensions as
+    in MAE, He et al., 2022).
+
+    Args:
+        dim: of the rows; a multiple of 4.
+
+    Shape:
+        :class:`~fastast.tokens.PatchGrid` ``-> [rows, dim]`` float32.
+
+    Raises:
+        ValueError: ``dim`` is not a multiple of 4.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim % 4:
+            raise ValueError(f"dim ({dim}) must be a multiple of 4")
+        exponent = torch.arange(dim // 4, dtype=torch.float64) / (dim // 4)
+        self.register_buffer("rates", (10000.0**-exponent).to(torch.float32), persistent=False)
+
+    def forward(self, grid: PatchGrid) -> Tensor:
+        halves = []
+        for place in (grid.freq, grid.time):
+            angle = place[:, None] * self.rates
+            halves += [angle.sin(), angle.cos()]
+        return torch.cat(halves, 1)

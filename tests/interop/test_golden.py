@@ -1,0 +1,63 @@
+"""Converted models reproduce what the original implementations computed."""
+
+import pytest
+import torch
+
+from fastast import Spectrograms, from_reference
+from tests.testing import Golden, formula_input
+
+
+@pytest.fixture
+def golden(shared_dir):
+    return lambda name: Golden(shared_dir / "fixtures" / "ast_family", name)
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        ("ast_tiny224_s10_t128_c35_b2", torch.float32),
+        ("ast_tiny224_s10_t128_c35_b2", torch.float64),
+        ("ast_base384_s10_t1024_c527_b2", torch.float32),
+    ],
+)
+@torch.inference_mode()
+def test_ast(golden, name, dtype):
+    fixture = golden(name)
+    model = from_reference(fixture.state_dict(dtype), "ast")
+    batch = formula_input("input", tuple(fixture.entry["input"]["shape"])).to(dtype)
+    fixture.check("logits", model(batch))
+    fixture.check("logits", model(Spectrograms.from_list(list(batch))))
+
+
+@pytest.mark.parametrize(
+    "name, pool, dtype",
+    [
+        ("elastic_d192_l12_c35_s5", "attention", torch.float32),
+        ("elastic_d192_l12_c35_s5", "attention", torch.float64),
+        ("elastic_d192_l12_c35_s5_avgpool", "mean", torch.float32),
+        ("elastic_d192_l12_c35_s5_avgpool", "mean", torch.float64),
+        ("elastic_d768_l12_c527_s6", "attention", torch.float32),
+    ],
+)
+@torch.inference_mode()
+def test_elastic_ast(golden, name, pool, dtype):
+    fixture = golden(name)
+    limits = fixture.entry["group_max_seq_len"]
+    model = from_reference(fixture.state_dict(dtype), "elastic_ast", {"pool": pool})
+    clips = [
+        formula_input(f"input.{i}", tuple(shape)).to(dtype)
+        for i, shape in enumerate(fixture.entry["input"]["shape"])
+    ]
+    logits = model(Spectrograms.from_list(clips))
+    for limit in limits:  # the original's result does not depend on how it packs
+        fixture.check(f"logits_limit{limit}", logits)
+    alone = torch.cat([model(clip[None]) for clip in clips])
+    fixture.check(f"logits_limit{limits[0]}", alone)
+
+
+def test_wrong_family_says_so(golden):
+    fixture = golden("elastic_d192_l12_c35_s5")
+    with pytest.raises(ValueError, match=r"v\.patch_embed\.proj\.weight.*ast family"):
+        from_reference(fixture.state_dict(), "ast")
+    with pytest.raises(ValueError, match="family must be one of"):
+        from_reference({}, "resnet")
