@@ -120,11 +120,15 @@ def as_stream(
         grid: the token list; if missing it is made here, on the host. Pass it in compiled code.
         geometry: of the model.
     """
-    if isinstance(inputs, Tensor):
-        inputs = Spectrograms.from_dense(inputs)
+    if isinstance(inputs, Spectrograms):
+        frames, lengths = inputs.frames, inputs.segments
+    else:
+        if inputs.ndim != 3:
+            raise ValueError(f"inputs must be [clips, frames, num_mels], got {tuple(inputs.shape)}")
+        frames, lengths = inputs.flatten(0, 1), [inputs.shape[1]] * inputs.shape[0]
     if grid is None:
-        grid = geometry.grid(inputs.segments).to(inputs.frames.device)
-    return inputs.frames, grid
+        grid = geometry.grid(lengths).to(frames.device)
+    return frames, grid
 
 
 def init_vit_weights(module: nn.Module) -> None:

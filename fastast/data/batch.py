@@ -1,0 +1,260 @@
+"""A batch: waveforms end to end, and the tables that say what becomes of them.
+
+All geometry is settled here, on the host: which samples are a clip's, how many frames it will
+have, which patches of it become tokens. The device computes spectrograms and tokens from these
+tables without ever asking for a size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastast.data.frames import frame_counts, samples_for
+from fastast.segments import Segments, TokenBudget
+from fastast.tokens import PatchGeometry, PatchGrid
+
+IGNORED_TARGET = -100
+"""Target of the empty segments of a fixed-shape batch; PyTorch's losses skip it."""
+
+
+@dataclass(frozen=True)
+class BatchBudget:
+    """The fixed sizes of everything in a batch.
+
+    Attributes:
+        tokens: of the token stream, prefix tokens included.
+        frames: of the frame stream.
+        samples: of the waveform buffer.
+    """
+
+    tokens: TokenBudget
+    frames: TokenBudget
+    samples: int
+
+    @classmethod
+    def for_tokens(
+        cls,
+        tokens: TokenBudget,
+        geometry: PatchGeometry,
+        *,
+        window: int,
+        max_frame_shift: int,
+        token_drop: float = 0.0,
+    ) -> BatchBudget:
+        """The least sizes that hold whatever clips fit the token budget.
+
+        A clip of T time patches has at most ``T * stride + patch - 1`` frames (more would make
+        another patch), and one of n frames fewer than ``n * frame_shift + window`` samples.
+
+        Args:
+            tokens: the token budget.
+            geometry: of the patches.
+            window: in samples.
+            max_frame_shift: in samples, the longest that occurs.
+            token_drop: share of the patches that are dropped. Frames are computed for all
+                patches, so dropping makes the frame stream longer for the same tokens.
+        """
+        (_, width), (_, step) = geometry.patch_size, geometry.stride
+
+        def frames(num_tokens: int, clips: int) -> int:
+            if token_drop:  # a clip keeps more than (1 - drop) * patches - 1
+                num_tokens = math.ceil((num_tokens + clips) / (1 - token_drop))
+            return num_tokens // geometry.freq_patches * step + clips * (width - 1)
+
+        longest = frames(tokens.max_length - geometry.prefix, 1)
+        total = max(longest, frames(tokens.tokens, tokens.clips))
+        samples = total * max_frame_shift + tokens.clips * (window - 1)
+        return cls(tokens, TokenBudget(total, tokens.clips, longest), samples)
+
+    @classmethod
+    def for_dense(
+        cls, tokens: TokenBudget, dense_frames: int, *, window: int, max_frame_shift: int
+    ) -> BatchBudget:
+        """The least sizes for batches of :attr:`Batch.dense_frames`; arguments as above."""
+        frames = TokenBudget(tokens.clips * dense_frames, tokens.clips, dense_frames)
+        samples = tokens.clips * samples_for(dense_frames, window, max_frame_shift)
+        return cls(tokens, frames, samples)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips of any lengths and time resolutions. Make one with :func:`collate`.
+
+    S segments hold ``num_clips`` clips; the rest, in batches of fixed shape, is empty.
+
+    Attributes:
+        waveforms: int16 ``[samples]``, the clips end to end.
+        sample_offsets: int64 ``[S + 1]``; clip ``i`` owns samples
+            ``sample_offsets[i]:sample_offsets[i + 1]``.
+        frame_shift: int32 ``[S]``, samples per hop of each clip; 1 on empty segments.
+        frames: the stream of mel frames that the waveforms yield.
+        frame_rows: rows of that stream, dead ones included.
+        grid: the patches of those frames that become tokens.
+        dense_frames: if not None, the model's input has a fixed length: the frame stream is to be
+            padded and cut to ``[S, dense_frames, num_mels]``, and ``grid`` lists patches of that.
+        targets: int64 ``[S]``, class indices; -100 on empty segments.
+        clip_ids: int64 ``[S]``, keys of the clips' random numbers; -1 on empty segments.
+        epoch: int64 ``[]``, the other key. A tensor, so that compiled code serves every epoch.
+        num_clips: real clips. For logs: a traced function that reads it is compiled anew for
+            every value.
+        audio_seconds: of real audio.
+    """
+
+    waveforms: Tensor
+    sample_offsets: Tensor
+    frame_shift: Tensor
+    frames: Segments
+    frame_rows: int
+    grid: PatchGrid
+    dense_frames: int | None
+    targets: Tensor
+    clip_ids: Tensor
+    epoch: Tensor
+    num_clips: int
+    audio_seconds: float
+
+    _TENSORS: ClassVar = (
+        "waveforms",
+        "sample_offsets",
+        "frame_shift",
+        "targets",
+        "clip_ids",
+        "epoch",
+    )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on another device."""
+        tensors = {name: getattr(self, name) for name in self._TENSORS}
+        return replace(
+            self,
+            frames=self.frames.to(device, non_blocking),
+            grid=self.grid.to(device, non_blocking),
+            **{name: x.to(device, non_blocking=non_blocking) for name, x in tensors.items()},
+        )
+
+    def pin_memory(self) -> Batch:
+        """Page-locks the tensors, so that :meth:`to` can overlap with computation."""
+        tensors = {name: getattr(self, name) for name in self._TENSORS}
+        return replace(
+            self,
+            frames=self.frames.pin_memory(),
+            grid=self.grid.pin_memory(),
+            **{name: x.pin_memory() for name, x in tensors.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip on its way into a batch.
+
+    Attributes:
+        waveform: int16 ``[samples]``.
+        target: class index.
+        clip_id: key of its random numbers.
+        frame_shift: samples per hop.
+        keep: sorted indices of the patches that become tokens; default all.
+    """
+
+    waveform: Tensor
+    target: int
+    clip_id: int
+    frame_shift: int
+    keep: np.ndarray | None = None
+
+
+def padded_samples(
+    num_samples: int | np.ndarray, min_frames: int, window: int, frame_shift: int | np.ndarray
+) -> int | np.ndarray:
+    """Samples of a clip after it is extended to ``min_frames``, see :func:`collate`."""
+    return np.maximum(num_samples, samples_for(min_frames, window, frame_shift))[()]
+
+
+def collate(
+    clips: Sequence[Clip],
+    geometry: PatchGeometry,
+    *,
+    window: int,
+    sample_rate: int,
+    epoch: int = 0,
+    budget: BatchBudget | None = None,
+    dense_frames: int | None = None,
+) -> Batch:
+    """Packs clips into a batch, in order. Runs on the host.
+
+    A clip too short for one patch is extended with zero samples to exactly one patch: it would
+    otherwise have no token and no output, and losing a labelled clip without a word is worse than
+    a little silence. Nothing else is padded.
+
+    With ``dense_frames``, spectrograms are padded on the device, as AST does it; a clip shorter
+    than a frame is extended to one.
+
+    Args:
+        clips: at least one.
+        geometry: how spectrograms are cut into patches.
+        window: of a frame, in samples.
+        sample_rate: in Hz.
+        epoch: goes into the batch.
+        budget: fixes all shapes; its ``tokens.clips`` is S. Default: exact sizes.
+        dense_frames: see :attr:`Batch.dense_frames`.
+
+    Raises:
+        ValueError: no clips, or they do not fit the budget.
+    """
+    if not clips:
+        raise ValueError("clips is empty: a batch needs at least one")
+    shifts = np.array([clip.frame_shift for clip in clips], np.int32)
+    real = np.array([len(clip.waveform) for clip in clips], np.int64)
+    min_frames = 1 if dense_frames else geometry.min_frames()
+    lengths = padded_samples(real, min_frames, window, shifts)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    capacity = budget.samples if budget else int(offsets[-1])
+    num_segments = budget.tokens.clips if budget else len(clips)
+    if offsets[-1] > capacity:
+        raise ValueError(
+            f"the batch needs {offsets[-1]} samples but the budget allows {capacity}; "
+            "raise BatchBudget.samples or put fewer clips into a batch"
+        )
+    frames = Segments.from_lengths(
+        frame_counts(lengths, window, shifts), budget.frames if budget else None
+    )
+    # Where the patches are cut from: the frame stream, or the dense tensor as a stream.
+    source = [dense_frames] * len(clips) if dense_frames else frames.host_offsets.diff().tolist()
+    keep = None
+    if any(clip.keep is not None for clip in clips):
+        keep = [
+            np.arange(geometry.freq_patches * geometry.time_patches(length))
+            if clip.keep is None
+            else clip.keep
+            for clip, length in zip(clips, source, strict=False)
+        ]
+
+    waveforms = torch.zeros(capacity, dtype=torch.int16)
+    for clip, begin in zip(clips, offsets.tolist(), strict=False):
+        waveforms[begin : begin + len(clip.waveform)] = clip.waveform
+
+    def column(values: Sequence[int] | np.ndarray, fill: int, dtype: type) -> Tensor:
+        filled = np.full(num_segments, fill, dtype)
+        filled[: len(clips)] = values
+        return torch.from_numpy(filled)
+
+    return Batch(
+        waveforms=waveforms,
+        sample_offsets=torch.from_numpy(np.pad(offsets, (0, num_segments - len(clips)), "edge")),
+        frame_shift=column(shifts, 1, np.int32),
+        frames=frames,
+        frame_rows=budget.frames.tokens if budget else int(frames.host_offsets[-1]),
+        grid=geometry.grid(source, budget.tokens if budget else None, keep),
+        dense_frames=dense_frames,
+        targets=column([clip.target for clip in clips], IGNORED_TARGET, np.int64),
+        clip_ids=column([clip.clip_id for clip in clips], -1, np.int64),
+        epoch=torch.tensor(epoch),
+        num_clips=len(clips),
+        audio_seconds=float(real.sum() / sample_rate),
+    )

@@ -1,0 +1,191 @@
+"""The Kaldi log-mel filterbank as a module: waveforms in, spectrograms out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fastast.ops.mel_filterbank import (
+    MelPlan,
+    dense_mel_filterbank,
+    frame_segments,
+    hop_from_ms,
+    mel_filterbank,
+)
+from fastast.segments import Segments, Spectrograms
+
+
+class MelFilterbank(nn.Module):
+    """Log-mel frames of waveforms on the waveforms' device; see :mod:`fastast.ops.mel_filterbank`.
+
+    The defaults are the front end of AST. The module has no parameters and nothing in its state
+    dict; its tables follow ``.to(device)`` and stay float32 under ``.half()`` or ``.bfloat16()``,
+    and it computes in float32 under autocast. No gradient flows to the waveforms:
+    :func:`fastast.ops.mel_filterbank_reference` is the differentiable form.
+
+    Args:
+        sample_rate: of the waveforms, in Hz. There is no resampling.
+        num_mels: mel bins.
+        frame_shift_ms: from a frame to the next, where a call does not say otherwise.
+        frame_length_ms: of the window.
+        low_freq: where the lowest mel bin begins, in Hz.
+        high_freq: where the highest mel bin ends, in Hz; default half of ``sample_rate``.
+        preemphasis: between 0 (none) and 1.
+        mean: with ``std``, normalises as AST does: ``(x - mean) / (2 std)``. Default: none.
+        std: see ``mean``.
+
+    Raises:
+        ValueError: settings that contradict each other.
+    """
+
+    def __init__(
+        self,
+        sample_rate: int = 16000,
+        num_mels: int = 128,
+        *,
+        frame_shift_ms: float = 10.0,
+        frame_length_ms: float = 25.0,
+        low_freq: float = 20.0,
+        high_freq: float | None = None,
+        preemphasis: float = 0.97,
+        mean: float | None = None,
+        std: float | None = None,
+    ) -> None:
+        super().__init__()
+        self._plan = MelPlan.kaldi(
+            sample_rate,
+            num_mels,
+            frame_length_ms=frame_length_ms,
+            low_freq=low_freq,
+            high_freq=high_freq,
+            preemphasis=preemphasis,
+            mean=mean,
+            std=std,
+        )
+        self.frame_shift = hop_from_ms(frame_shift_ms, sample_rate)
+        for name in MelPlan.TABLES:
+            self.register_buffer(name, getattr(self._plan, name), persistent=False)
+
+    @property
+    def plan(self) -> MelPlan:
+        """The settings, with the tables where the module is.
+
+        ``plan.normalized(0.0)`` is the ``fill`` that SpecAugment needs after this module.
+        """
+        return replace(self._plan, **{name: getattr(self, name) for name in MelPlan.TABLES})
+
+    def forward(
+        self,
+        waveforms: Tensor | Sequence[Tensor],
+        sample_offsets: Tensor | None = None,
+        frame_shift: Tensor | Sequence[int] | int | None = None,
+        frames: Segments | None = None,
+        num_rows: int | None = None,
+    ) -> Spectrograms | Tensor:
+        """Waveforms in one of three forms to frames.
+
+        Args:
+            waveforms: int16, or floating point in [-1, 1]:
+
+                - ``[samples]``, clips end to end, with ``sample_offsets``;
+                - a list of clips ``[L_i]`` of one dtype and device;
+                - ``[B, L]``, clips of one length.
+            sample_offsets: int64 ``[S + 1]``, where each clip begins; first form only.
+            frame_shift: in samples, of all clips or of each (not in the third form). Default:
+                the module's.
+            frames: first form only: the stream that comes out, from
+                :func:`fastast.ops.frame_segments`. A data loader makes it; without it, it is
+                made here, which needs ``sample_offsets`` and ``frame_shift`` on the CPU.
+            num_rows: first form only: rows of the stream, where ``frames`` has a budget.
+
+        Returns:
+            ``Spectrograms`` for the first two forms, float32 ``[B, T, num_mels]`` for the third.
+
+        Raises:
+            ValueError: arguments that do not fit together; see
+                :func:`fastast.ops.mel_filterbank`.
+        """
+        frame_shift = self.frame_shift if frame_shift is None else frame_shift
+        packed = isinstance(waveforms, Tensor) and waveforms.ndim == 1
+        if not packed and (sample_offsets is not None or frames is not None):
+            raise ValueError(
+                "sample_offsets and frames describe a flat [samples] tensor of clips end to end; "
+                "leave them out for a list or a [clips, samples] tensor"
+            )
+        if packed:
+            return self._packed(waveforms, sample_offsets, frame_shift, frames, num_rows)
+        if not isinstance(waveforms, Tensor):
+            return self._packed(*_pack(waveforms), frame_shift, None, None)
+        if not isinstance(frame_shift, int):
+            raise ValueError(
+                "frame_shift must be one number for a [clips, samples] tensor; pass a list of "
+                "clips to give each its own"
+            )
+        return dense_mel_filterbank(waveforms, frame_shift, self.plan)
+
+    def _packed(
+        self,
+        waveforms: Tensor,
+        sample_offsets: Tensor | None,
+        frame_shift: Tensor | Sequence[int] | int,
+        frames: Segments | None,
+        num_rows: int | None,
+    ) -> Spectrograms:
+        if sample_offsets is None:
+            raise ValueError(
+                "sample_offsets is missing: a flat waveform needs it to tell its clips apart; "
+                "for a single clip, pass waveforms[None]"
+            )
+        device, plan = waveforms.device, self.plan
+        if isinstance(frame_shift, int):
+            shape = (sample_offsets.shape[0] - 1,)
+            frame_shift = sample_offsets.new_full(shape, frame_shift, dtype=torch.int32)
+        frame_shift = torch.as_tensor(frame_shift, dtype=torch.int32)
+        if frames is None:
+            for name, table in (("sample_offsets", sample_offsets), ("frame_shift", frame_shift)):
+                if table.device.type != "cpu":
+                    raise ValueError(
+                        f"{name} is on {table.device}, and reading it back would wait for the "
+                        "device; pass it on the CPU, or pass frames from frame_segments"
+                    )
+            lengths = sample_offsets.diff().numpy()
+            frames = frame_segments(lengths, frame_shift.numpy(), plan).to(device)
+        rows = mel_filterbank(
+            waveforms,
+            sample_offsets.to(device, non_blocking=True),
+            frame_shift.to(device, non_blocking=True),
+            frames,
+            plan,
+            num_rows,
+        )
+        return Spectrograms(rows, frames)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> MelFilterbank:
+        super()._apply(fn, recurse)
+        # Casting the module must not round the tables, so only their new device is taken over.
+        plan = self._plan.to(self.window.device)
+        for name in MelPlan.TABLES:
+            setattr(self, name, getattr(plan, name))
+        return self
+
+    def extra_repr(self) -> str:
+        plan = self._plan
+        return (
+            f"sample_rate={plan.sample_rate}, num_mels={plan.num_mels}, "
+            f"window_length={plan.window_length}, frame_shift={self.frame_shift}, "
+            f"mean={plan.mean}, std={plan.std}"
+        )
+
+
+def _pack(clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Clips end to end, and their offsets on the CPU."""
+    if len(clips) == 0:
+        raise ValueError("waveforms is empty: pass at least one clip")
+    shapes = [tuple(clip.shape) for clip in clips]
+    if any(len(shape) != 1 for shape in shapes):
+        raise ValueError(f"waveforms must be 1-D clips (one channel), got shapes {shapes}")
+    offsets = torch.tensor([0] + [shape[0] for shape in shapes]).cumsum(0)
+    return torch.cat(list(clips)), offsets

@@ -1,0 +1,32 @@
+"""Training and evaluation."""
+
+from fastast.train.evaluate import Score, evaluate, evaluate_over
+from fastast.train.loop import fit
+from fastast.train.recipe import (
+    DataConfig,
+    FrontendConfig,
+    ModelConfig,
+    Recipe,
+    TrainConfig,
+    build_method,
+    load_data,
+    make_loader,
+)
+from fastast.train.run import RunDirectory, load_model
+
+__all__ = [
+    "DataConfig",
+    "FrontendConfig",
+    "ModelConfig",
+    "Recipe",
+    "RunDirectory",
+    "Score",
+    "TrainConfig",
+    "build_method",
+    "evaluate",
+    "evaluate_over",
+    "fit",
+    "load_data",
+    "load_model",
+    "make_loader",
+]
