@@ -20,6 +20,11 @@ _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
+@torch.compiler.assume_constant_result
+def _purpose_key(purpose: str) -> int:
+    return zlib.crc32(purpose.encode())
+
+
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch's shift copies the sign bit; drop it
 
@@ -43,7 +48,7 @@ def random_bits(seed: int, epoch: int | Tensor, clips: Tensor, purpose: str, dra
         draws: how many numbers per clip.
     """
     state = torch.full_like(clips, seed, dtype=torch.int64)
-    for key in (zlib.crc32(purpose.encode()), epoch, clips):
+    for key in (_purpose_key(purpose), epoch, clips):
         state = _splitmix64(state ^ key)
     index = torch.arange(draws, device=clips.device, dtype=torch.int64)
     return _splitmix64(_splitmix64(state[:, None]) ^ index)

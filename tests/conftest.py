@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastast.train import DataConfig, FrontendConfig, ModelConfig, Recipe, TrainConfig
+from tests.testing import write_tone
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
@@ -28,3 +31,25 @@ def shared_dir() -> Path:
     if not beside.is_dir():
         pytest.skip(f"no shared data: set FASTAST_SHARED or provide {beside}")
     return beside
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory) -> Path:
+    """A data set of two classes, noisy tones of 0.2 to 0.9 s."""
+    root = tmp_path_factory.mktemp("tones")
+    for label, pitch in (("high", 1500.0), ("low", 300.0)):
+        (root / label).mkdir()
+        for index in range(20):
+            write_tone(root / label / f"{index}.wav", pitch, 0.2 + 0.035 * index)
+    return root
+
+
+@pytest.fixture
+def recipe(tones) -> Recipe:
+    """Trains an ElasticAST of two narrow blocks on it in a few seconds."""
+    return Recipe(
+        DataConfig(root=str(tones), sample_rate=8000, validation=0.2, test=0.2),
+        FrontendConfig(num_mels=32, compression=[1.0, 1.6, 2.0], gain_db=3.0, time_mask=0.1),
+        ModelConfig(patch_size=(16, 8), dim=32, depth=2, num_heads=2, max_time_patches=10),
+        TrainConfig(epochs=3, batch_tokens=120, batch_clips=8, lr=2e-3, device="cpu"),
+    )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastast import Segments, Spectrograms
+from fastast import Segments, Spectrograms, TokenBudget
+from fastast.data import write_wav
 
 
 def formula(key: str, count: int) -> np.ndarray:
@@ -64,6 +67,15 @@ class Golden:
         torch.testing.assert_close(value, stored, rtol=0, atol=atol)
 
 
+def write_tone(path: Path, pitch: float, seconds: float, rate: int = 8000) -> None:
+    """A slightly noisy sine as a WAV file."""
+    samples = int(rate * seconds)
+    rng = np.random.default_rng(samples)
+    sound = 0.3 * np.sin(2 * np.pi * pitch * np.arange(samples) / rate)
+    sound += 0.02 * rng.standard_normal(samples)
+    write_wav(path, torch.from_numpy((32767 * sound).astype(np.int16)), rate)
+
+
 def ragged(lengths: list[int], width: int, dtype: torch.dtype = torch.float64) -> Spectrograms:
     """Random spectrograms of the given lengths."""
     return Spectrograms(
@@ -84,3 +96,73 @@ def poisoned_memory():
     finally:
         torch.use_deterministic_algorithms(deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+class Geometry(NamedTuple):
+    """Segments, and the rows of their stream, dead ones included."""
+
+    segments: Segments
+    rows: int
+
+    @classmethod
+    def of(cls, lengths: list[int], budget: TokenBudget | None = None) -> Geometry:
+        segments = Segments.from_lengths(lengths, budget)
+        return cls(segments, budget.tokens if budget else sum(lengths))
+
+    @property
+    def used(self) -> int:
+        """Rows that belong to a clip."""
+        return int(self.segments.host_offsets[-1])
+
+    @property
+    def clips(self) -> list[slice]:
+        """The rows of each segment."""
+        offsets = self.segments.host_offsets.tolist()
+        return [slice(a, b) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+GEOMETRIES = {
+    "odd-sizes": Geometry.of([5, 17, 1, 33]),
+    "powers-of-two": Geometry.of([16, 64, 128]),
+    "empty-at-head": Geometry.of([0, 0, 7, 9]),
+    "empty-in-middle": Geometry.of([7, 0, 9]),
+    "empty-at-tail": Geometry.of([7, 9, 0]),
+    "equal-around-empty": Geometry.of([6, 0, 6, 6]),
+    "single-rows": Geometry.of([1, 1, 1]),
+    "long-among-short": Geometry.of([2, 3, 3, 200, 2, 1, 4]),
+    "all-empty": Geometry.of([0, 0]),
+    "budget": Geometry.of([5, 0, 17, 17, 9], TokenBudget(128, 8, 32)),
+    "budget-full": Geometry.of([20, 12], TokenBudget(32, 2, 20)),
+    "budget-unused": Geometry.of([], TokenBudget(8, 2, 8)),
+}
+"""What every operation over segments is tested on."""
+
+
+def forward_and_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
+) -> list[Tensor]:
+    """The function's output and the gradients of all its inputs, whose strides are kept."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+
+def assert_as_accurate(
+    actual: Sequence[Tensor], eager: Sequence[Tensor], truth: Sequence[Tensor]
+) -> None:
+    """At most twice the error of a plain implementation in the same dtype, against float64.
+
+    Errors are root mean squares: the largest one is noise on small tensors. Where the plain
+    implementation makes no error, one rounding of the largest result is allowed.
+    """
+    largest = max((x.abs().max().item() for x in truth if x.numel()), default=0.0)
+    for x, plain, true in zip(actual, eager, truth, strict=True):
+        assert x.dtype == plain.dtype and x.shape == true.shape
+        error, limit = (rms(y.double() - true) for y in (x, plain))
+        rounding = torch.finfo(x.dtype).eps * largest
+        assert error <= (2 * limit if limit > 0 else rounding)
+
+
+def rms(x: Tensor) -> float:
+    """Root mean square; zero if there is nothing."""
+    return x.square().mean().sqrt().item() if x.numel() else 0.0

@@ -23,7 +23,7 @@ from fastast.data.packing import next_fit
 from fastast.ops.mel_filterbank import hop_from_ms
 from fastast.random import random_bits, random_uniform
 from fastast.segments import TokenBudget
-from fastast.tokens import PatchGeometry, random_keep
+from fastast.tokens import PatchGeometry, kept_patches, random_keep
 
 
 class PackedLoader:
@@ -181,8 +181,7 @@ class PackedLoader:
 
     def _num_tokens(self, patches: np.ndarray | int) -> np.ndarray | int:
         """Rows of the token stream that a clip takes: the patches it keeps and the prefix."""
-        kept = np.maximum(1, (np.asarray(patches) * (1 - self.token_drop)).astype(np.int64))
-        return kept + self.geometry.prefix
+        return kept_patches(patches, self.token_drop) + self.geometry.prefix
 
     def _dense_budget(self, budget: TokenBudget, dense_frames: int) -> TokenBudget:
         """The part of a budget that clips of equal size can fill."""

@@ -293,7 +293,9 @@ def mel_filterbank_reference(
         y = x - x.mean(dim=1, keepdim=True)
         z = y - plan.preemphasis * torch.cat([y[:, :1], y[:, :-1]], dim=1)
         spectrum = torch.fft.rfft(z * window, n=plan.fft_size)[:, :-1]
-        energy = (spectrum.real.square() + spectrum.imag.square()) @ weights.T
+        power = spectrum.real.square() + spectrum.imag.square()
+        with torch.autocast(device.type, enabled=False):
+            energy = power @ weights.T
         clips.append(energy.clamp(min=ENERGY_FLOOR).log())
     out = torch.cat([samples.new_zeros(0, plan.num_mels), *clips])
     if plan.mean is not None:
@@ -465,10 +467,12 @@ def _impl(
 ) -> Tensor:
     length, device = window.shape[0], waveforms.device
     out = torch.zeros(num_rows, mel_starts.shape[0] - 1, dtype=torch.float32, device=device)
+    if device.type == "cpu":
+        _check_frames_fit(
+            sample_offsets, frame_shift, frame_offsets, length, waveforms.shape[0], num_rows
+        )
     if num_rows == 0 or frame_shift.shape[0] == 0 or waveforms.shape[0] < length:
         return out  # nothing to read: all clips are empty
-    if device.type == "cpu":
-        _check_frames_fit(sample_offsets, frame_shift, frame_offsets, length, waveforms.shape[0])
 
     starts, alive = _first_samples(sample_offsets, frame_shift, frame_offsets, num_rows)
     starts = starts.clamp_(0, waveforms.shape[0] - length)
@@ -509,7 +513,8 @@ def _chunk_rows(device: torch.device, fft_size: int) -> int:
     """Frames to work on at a time."""
     # A CPU core's chunk should stay in its cache of 1 or 2 MiB: a whole batch at once takes twice
     # as long. A GPU's chunk must be large to be worth the launches.
-    return (3 << 16) // fft_size if device.type == "cpu" else (1 << 22) // fft_size
+    values = 3 << 16 if device.type == "cpu" else 1 << 22
+    return max(2, values // fft_size)
 
 
 def _chunks(starts: Tensor, rows: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -538,6 +543,7 @@ def _check_frames_fit(
     frame_offsets: Tensor,
     window_length: int,
     num_samples: int,
+    num_rows: int,
 ) -> None:
     counts = frame_offsets.diff().long()
     used = torch.where(counts > 0, (counts - 1) * frame_shift + window_length, 0)
@@ -554,4 +560,9 @@ def _check_frames_fit(
         raise ValueError(
             f"sample_offsets ends at {int(sample_offsets[-1])}, past the {num_samples} samples "
             "of waveforms"
+        )
+    if int(frame_offsets[-1]) > num_rows:
+        raise ValueError(
+            f"num_rows={num_rows} is less than the {int(frame_offsets[-1])} rows of frames; pass "
+            "the budget's tokens"
         )

@@ -1,6 +1,6 @@
 """From spectrograms to tokens: patches, positions, and which patches are kept."""
 
-from fastast.tokens.grid import PatchGeometry, PatchGrid, random_keep
+from fastast.tokens.grid import PatchGeometry, PatchGrid, kept_patches, random_keep
 from fastast.tokens.patchify import patchify
 from fastast.tokens.positions import FactorisedPositions, GridPositions, SinCosPositions
 
@@ -10,6 +10,7 @@ __all__ = [
     "PatchGeometry",
     "PatchGrid",
     "SinCosPositions",
+    "kept_patches",
     "patchify",
     "random_keep",
 ]

@@ -171,16 +171,22 @@ class PatchGrid:
         )
 
 
+def kept_patches(num_patches: int | np.ndarray, drop: float) -> int | np.ndarray:
+    """How many patches of a clip survive token dropping: ``int(num_patches * (1 - drop))``, and
+    at least one."""
+    kept = np.maximum((np.asarray(num_patches) * (1 - drop)).astype(np.int64), 1)
+    return np.minimum(kept, num_patches)[()]
+
+
 def random_keep(num_patches: int, drop: float, seed: int, epoch: int, clip: int) -> np.ndarray:
     """Patches of a clip that survive token dropping: sorted, without replacement.
 
-    ElasticAST's code (not its paper) trains with ``drop=0.1``. At least one patch survives.
+    ElasticAST's code (not its paper) trains with ``drop=0.1``.
 
     Args:
-        num_patches: of the clip.
-        drop: share to drop, in [0, 1); the number kept is ``int(num_patches * (1 - drop))``.
+        num_patches: of the clip; :func:`kept_patches` of them survive.
+        drop: share to drop, in [0, 1).
         seed, epoch, clip: keys of the draw, see :mod:`fastast.random`.
     """
-    kept = min(num_patches, max(1, int(num_patches * (1 - drop))))
     keys = random_bits(seed, epoch, torch.tensor([clip]), "token drop", num_patches)[0]
-    return np.sort(keys.argsort().numpy()[:kept])
+    return np.sort(keys.argsort().numpy()[: kept_patches(num_patches, drop)])

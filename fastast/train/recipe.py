@@ -278,10 +278,15 @@ def make_loader(
             )
         dense_frames = fixed_frames(recipe, seconds or front.fixed_seconds, shifts[0])
     limits = [limit for limit in (seconds, recipe.data.max_seconds) if limit is not None]
+    tokens = train.batch_tokens
+    if not training:  # whatever was trained on, any clip can be evaluated
+        longest = max(dataset.lengths) / recipe.data.sample_rate
+        frames = dense_frames or fixed_frames(recipe, min([longest, *limits]), shifts[0])
+        tokens = max(tokens, geometry.num_tokens(max(frames, geometry.min_frames())))
     return PackedLoader(
         dataset,
         geometry,
-        budget=TokenBudget(train.batch_tokens, train.batch_clips, train.batch_tokens),
+        budget=TokenBudget(tokens, train.batch_clips, tokens),
         window=window_samples(recipe),
         frame_shift_ms=shifts,
         max_seconds=min(limits, default=None),

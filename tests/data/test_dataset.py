@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from fastast.data import AudioDataset, AudioError
+from fastast.data.dataset import CACHE_BYTES
+from tests.data.helpers import RATE, tone
+
+
+def write(path, samples=800, rate=RATE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, tone(samples, rate), rate)
+
+
+def test_from_folder(tmp_path):
+    write(tmp_path / "dog" / "b.wav")
+    write(tmp_path / "dog" / "more" / "a.FLAC", 1000)
+    write(tmp_path / "cat" / "c.ogg", 2000, 16000)
+    write(tmp_path / "cat" / "d.mp3", 1600, 16000)
+    (tmp_path / "cat" / "notes.txt").write_text("not audio")
+    (tmp_path / ".git").mkdir()
+    dataset = AudioDataset.from_folder(tmp_path, RATE)
+    assert dataset.class_names == ["cat", "dog"]
+    assert [path.name for path in dataset.paths] == ["c.ogg", "d.mp3", "b.wav", "a.FLAC"]
+    assert dataset.labels.tolist() == [0, 0, 1, 1]
+    assert dataset.lengths.tolist() == [1000, 800, 800, 1000]
+    for index in range(len(dataset)):
+        assert len(dataset.waveform(index)) == dataset.num_samples(index)
+
+
+def test_from_folder_errors(tmp_path):
+    with pytest.raises(ValueError, match="is not a folder"):
+        AudioDataset.from_folder(tmp_path / "gone", RATE)
+    with pytest.raises(ValueError, match="has no folders"):
+        AudioDataset.from_folder(tmp_path, RATE)
+    write(tmp_path / "cat" / "a.wav")
+    (tmp_path / "dog").mkdir()
+    with pytest.raises(ValueError, match=r"dog has no audio files \(\.wav"):
+        AudioDataset.from_folder(tmp_path, RATE)
+    (tmp_path / "dog" / "b.wav").write_text("not audio")
+    with pytest.raises(AudioError, match=r"b\.wav"):
+        AudioDataset.from_folder(tmp_path, RATE)
+
+
+def test_constructor_errors(tmp_path):
+    write(tmp_path / "a.wav")
+    with pytest.raises(ValueError, match="paths is empty"):
+        AudioDataset([], [], ["x"], RATE)
+    with pytest.raises(ValueError, match="one class per file"):
+        AudioDataset([tmp_path / "a.wav"], [0, 0], ["x"], RATE)
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 1\)"):
+        AudioDataset([tmp_path / "a.wav"], [1], ["x"], RATE)
+
+
+def test_subset_keeps_ids_and_clips(tones):
+    part = tones.subset([7, 3]).subset([1, 0])
+    assert part.clip_ids.tolist() == [3, 7]
+    assert part.paths == [tones.paths[3], tones.paths[7]]
+    assert part.labels.tolist() == tones.labels[[3, 7]].tolist()
+    assert torch.equal(part.waveform(1), tones.waveform(7))
+    assert part.num_samples(1) == tones.num_samples(7)
+    with pytest.raises(ValueError, match="indices is empty"):
+        tones.subset([])
+
+
+def test_cache(tones):
+    again = AudioDataset(tones.paths, tones.labels, tones.class_names, RATE, cache=False)
+    assert tones.waveform(0) is tones.waveform(0) is tones.subset([0]).waveform(0)
+    assert again.waveform(0) is not again.waveform(0)
+    assert torch.equal(again.waveform(0), tones.waveform(0))
+
+
+def test_cache_is_off_by_default_for_large_data(tones, monkeypatch):
+    monkeypatch.setattr("fastast.data.dataset.CACHE_BYTES", int(tones.lengths.sum()) * 2 - 1)
+    again = AudioDataset(tones.paths, tones.labels, tones.class_names, RATE)
+    assert again.waveform(0) is not again.waveform(0)
+    assert CACHE_BYTES == 2**30
+
+
+def test_file_that_changed(tones):
+    soundfile.write(tones.paths[5], tone(100), RATE)
+    with pytest.raises(AudioError, match=f"{tones.paths[5].name}.* now has 100"):
+        tones.waveform(5)
+
+
+def test_split(tones):
+    train, validation = tones.split(0.2, seed=1)
+    assert sorted([*train.clip_ids, *validation.clip_ids]) == list(range(40))
+    assert np.bincount(validation.labels).tolist() == [4, 4]
+    again = tones.split(0.2, seed=1)[1]
+    assert again.clip_ids.tolist() == validation.clip_ids.tolist()
+    other = tones.split(0.2, seed=2)[1]
+    assert other.clip_ids.tolist() != validation.clip_ids.tolist()
+
+
+def test_split_leaves_something_on_both_sides(tones):
+    train, validation = tones.subset([0, 1]).split(0.9)
+    assert len(train) == len(validation) == 1
+    with pytest.raises(ValueError, match="less than one clip"):
+        tones.split(0.01)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        tones.split(1.0)

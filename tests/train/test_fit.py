@@ -1,0 +1,165 @@
+"""Training runs: they learn, they resume bit for bit, and they lose nothing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastast.train import RunDirectory, evaluate_over, fit, load_data, load_model
+from fastast.train.run import write_atomically
+
+
+def weights(run_dir):
+    method, _, _ = load_model(run_dir)
+    return method.model.state_dict()
+
+
+def with_train(recipe, **changes):
+    return replace(recipe, train=replace(recipe.train, **changes))
+
+
+def test_learns_and_can_be_used(recipe, tmp_path):
+    fit(with_train(recipe, epochs=8), tmp_path / "run", quiet=True)
+    records = RunDirectory(tmp_path / "run").metrics()
+    assert [record["epoch"] for record in records] == list(range(8))
+    assert records[-1]["loss"] < 0.5 * records[0]["loss"]
+    assert records[-1]["padding"] == 0  # without fixed shapes, every row is a real token
+
+    method, loaded, class_names = load_model(tmp_path / "run")
+    assert class_names == ["high", "low"]
+    assert loaded.frontend.std > 0  # measured, and kept with the weights
+    test = load_data(loaded.data, loaded.train.seed).test
+    rows = evaluate_over(method, loaded, test, lengths=[0.3, 0.9], compression=[1.0, 2.0])
+    assert [row["at"] for row in rows["lengths"]] == [0.3, 0.9]
+    assert all(row["clips"] == len(test) for part in rows.values() for row in part)
+    assert all(row["accuracy"] == 1 for part in rows.values() for row in part)
+    short, long = rows["lengths"]
+    assert short["tokens"] < long["tokens"]
+
+
+def test_resumes_bit_for_bit(recipe, tmp_path):
+    fit(recipe, tmp_path / "whole", quiet=True)
+
+    class Killed(Exception):
+        pass
+
+    def die(step, before=torch.optim.AdamW.step):
+        def stepping(self, *args, **kwargs):
+            stepping.count += 1
+            if stepping.count == step:
+                raise Killed
+            return before(self, *args, **kwargs)
+
+        stepping.count = 0
+        return stepping
+
+    steps = RunDirectory(tmp_path / "whole").metrics()[0]["step"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(torch.optim.AdamW, "step", die(2 * steps))  # within the second epoch
+        fit(recipe, tmp_path / "cut", quiet=True)
+    assert len(RunDirectory(tmp_path / "cut").metrics()) == 1
+    fit(recipe, tmp_path / "cut", resume=True, quiet=True)
+
+    whole, cut = (RunDirectory(tmp_path / name).metrics() for name in ("whole", "cut"))
+    for name in ("epoch", "step", "tokens", "lr", "loss", "validation_loss"):
+        assert [record[name] for record in whole] == [record[name] for record in cut]
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, weights(tmp_path / "cut")[name]), name
+
+
+def test_runs_with_one_seed_are_equal(recipe, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        fit(with_train(recipe, epochs=1, seed=seed), tmp_path / name, quiet=True)
+    a, b, c = (weights(tmp_path / name)["head.weight"] for name in "abc")
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_a_run_is_not_overwritten_or_mixed_up(recipe, tmp_path):
+    fit(with_train(recipe, epochs=1), tmp_path, quiet=True)
+    with pytest.raises(ValueError, match="holds a run already"):
+        fit(with_train(recipe, epochs=1), tmp_path, quiet=True)
+    with pytest.raises(ValueError, match=r"train\.lr: 0\.002 -> 0\.1"):
+        fit(with_train(recipe, epochs=1, lr=0.1), tmp_path, resume=True, quiet=True)
+
+
+def test_token_limit_ends_the_run(recipe, tmp_path):
+    fit(with_train(recipe, epochs=50, max_tokens=700), tmp_path, quiet=True)
+    last = RunDirectory(tmp_path).metrics()[-1]
+    assert 700 <= last["tokens"] <= 700 + recipe.train.batch_tokens
+
+
+def test_fixed_length_ast(recipe, tmp_path):
+    recipe.frontend = replace(recipe.frontend, compression=[1.0], fixed_seconds=0.5)
+    recipe.model = replace(recipe.model, name="ast_tiny", stride=(8, 8), max_time_patches=None)
+    fit(with_train(recipe, epochs=1), tmp_path, quiet=True)
+    method, loaded, _ = load_model(tmp_path)
+    test = load_data(loaded.data, loaded.train.seed).test
+    rows = evaluate_over(method, loaded, test, lengths=[0.3, 0.5], compression=[2.0])
+    grid = method.model.geometry
+    # 0.3 s are 28 frames of 10 ms and 25 ms width; every clip takes as many tokens, and a table
+    # of positions for 48 frames is laid over them.
+    assert rows["lengths"][0]["tokens"] == len(test) * grid.num_tokens(28)
+    assert rows["lengths"][1]["tokens"] == len(test) * grid.num_tokens(48)
+    assert rows["compression"][0]["tokens"] == len(test) * grid.num_tokens(24)
+
+
+def test_nan_stops_the_run_and_keeps_the_last_state(recipe, tmp_path, monkeypatch):
+    fit(with_train(recipe, epochs=2), tmp_path, quiet=True)
+    before = RunDirectory(tmp_path).load_checkpoint()
+    before["recipe"]["train"]["epochs"] = 3
+    before["model"]["head.bias"].fill_(torch.nan)
+    RunDirectory(tmp_path).save_checkpoint(before)
+    with pytest.raises(FloatingPointError, match=r"loss is nan in epoch 2.*train\.lr"):
+        fit(with_train(recipe, epochs=3), tmp_path, resume=True, quiet=True)
+    assert RunDirectory(tmp_path).load_checkpoint()["epoch"] == 2
+    assert len(RunDirectory(tmp_path).metrics()) == 2
+
+
+def test_bf16_and_compile(recipe, tmp_path):
+    fit(with_train(recipe, epochs=1, bf16=True), tmp_path / "bf16", quiet=True)
+    fit(with_train(recipe, epochs=1), tmp_path / "eager", quiet=True)
+    fit(with_train(recipe, epochs=1, compile=True), tmp_path / "compiled", quiet=True)
+    loss = {
+        name: RunDirectory(tmp_path / name).metrics()[0]["loss"]
+        for name in ("bf16", "eager", "compiled")
+    }
+    assert loss["bf16"] == pytest.approx(loss["eager"], rel=0.02)
+    assert loss["compiled"] == pytest.approx(loss["eager"], rel=1e-4)
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise"])
+def test_damaged_files_say_so(recipe, tmp_path, damage):
+    fit(with_train(recipe, epochs=1), tmp_path, quiet=True)
+    run = RunDirectory(tmp_path)
+    for path in (run.checkpoint_path, run.model_path):
+        content = path.read_bytes()
+        path.write_bytes(content[:100] if damage == "cut" else b"\x80" * len(content))
+    with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read"):
+        fit(with_train(recipe, epochs=1), tmp_path, resume=True, quiet=True)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        load_model(tmp_path / "nothing")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def full_disk(temporary):
+        temporary.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, full_disk)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_metrics_line_cut_short_is_left_out(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.log({"epoch": 0, "loss": 1.0})
+    with open(run.metrics_path, "a") as file:
+        file.write('{"epoch": 1, "lo')
+    assert run.metrics() == [{"epoch": 0, "loss": 1.0}]
