@@ -6,13 +6,17 @@ end, and :class:`Segments` says where each begins. See ``docs/concepts.md``.
 
 from fastast.interop import from_reference
 from fastast.models import AST, ElasticAST, create_model, list_models
+from fastast.nn import AttentionPool, MelFilterbank, PackedAttention
 from fastast.segments import Segments, Spectrograms, TokenBudget
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AST",
+    "AttentionPool",
     "ElasticAST",
+    "MelFilterbank",
+    "PackedAttention",
     "Segments",
     "Spectrograms",
     "TokenBudget",

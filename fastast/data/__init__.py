@@ -5,7 +5,6 @@ from fastast.data.batch import IGNORED_TARGET, Batch, BatchBudget, Clip, collate
 from fastast.data.dataset import AudioDataset
 from fastast.data.frames import (
     COMPRESSION_RATES,
-    frame_counts,
     mixed_frame_shifts,
 )
 from fastast.data.fsdd import fsdd
@@ -24,7 +23,6 @@ __all__ = [
     "PackedLoader",
     "audio_info",
     "collate",
-    "frame_counts",
     "fsdd",
     "generate_sounds",
     "mixed_frame_shifts",

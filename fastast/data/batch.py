@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastast.data.frames import frame_counts, samples_for
+from fastast.data.frames import samples_for
+from fastast.ops.mel_filterbank import frame_counts
 from fastast.segments import Segments, TokenBudget
 from fastast.tokens import PatchGeometry, PatchGrid
 

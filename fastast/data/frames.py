@@ -1,9 +1,4 @@
-"""Time resolutions to draw from, and how many frames a clip has.
-
-A clip of ``n`` samples has a frame wherever a whole window fits (Kaldi's ``snip_edges``)::
-
-    frames = 0 if n < window else 1 + (n - window) // frame_shift
-"""
+"""Time resolutions to draw from, and how many samples a number of frames takes."""
 
 from __future__ import annotations
 
@@ -27,14 +22,9 @@ def mixed_frame_shifts(
     return tuple(round(base_ms * rate, 6) for rate in rates)
 
 
-def frame_counts(
-    num_samples: int | np.ndarray, window: int, frame_shift: int | np.ndarray
-) -> int | np.ndarray:
-    """Frames of clips of so many samples, with ``window`` and ``frame_shift`` in samples."""
-    frames = 1 + (np.asarray(num_samples) - window) // frame_shift
-    return np.where(np.asarray(num_samples) < window, 0, frames)[()]
-
-
 def samples_for(frames: int, window: int, frame_shift: int | np.ndarray) -> int | np.ndarray:
-    """The fewest samples that have so many frames (at least one)."""
+    """The fewest samples that have so many frames (at least one); all else in samples.
+
+    The inverse of :func:`fastast.ops.mel_filterbank.frame_counts`.
+    """
     return (frames - 1) * frame_shift + window

@@ -18,9 +18,9 @@ import torch
 
 from fastast.data.batch import Batch, BatchBudget, Clip, collate, padded_samples
 from fastast.data.dataset import AudioDataset
-from fastast.data.frames import frame_counts, samples_for
+from fastast.data.frames import samples_for
 from fastast.data.packing import next_fit
-from fastast.ops.mel_filterbank import hop_from_ms
+from fastast.ops.mel_filterbank import frame_counts, hop_from_ms
 from fastast.random import random_bits, random_uniform
 from fastast.segments import TokenBudget
 from fastast.tokens import PatchGeometry, kept_patches, random_keep

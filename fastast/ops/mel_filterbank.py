@@ -67,6 +67,14 @@ def hop_from_ms(shift_ms: float, sample_rate: int) -> int:
     return hop
 
 
+def frame_counts(
+    num_samples: int | np.ndarray, window_length: int, frame_shift: int | np.ndarray
+) -> int | np.ndarray:
+    """Frames of clips of so many samples: one wherever a whole window fits."""
+    frames = 1 + (np.asarray(num_samples) - window_length) // frame_shift
+    return np.where(np.asarray(num_samples) < window_length, 0, frames)[()]
+
+
 def hanning_window(length: int) -> Tensor:
     """Symmetric Hann window: float64 ``[length]``, zero at both ends."""
     angle = _arange(0, length) * (2 * math.pi / (length - 1))
@@ -213,9 +221,7 @@ class MelPlan:
 
     def num_frames(self, num_samples: int, frame_shift: int) -> int:
         """Frames of a clip."""
-        if num_samples < self.window_length:
-            return 0
-        return 1 + (num_samples - self.window_length) // frame_shift
+        return int(frame_counts(num_samples, self.window_length, frame_shift))
 
     def normalized(self, value: float) -> float:
         """What an unnormalised log-mel value becomes in the output.
@@ -255,8 +261,7 @@ def frame_segments(
         raise ValueError(f"num_samples must not be negative, got {num_samples.min()}")
     if (frame_shift < 1).any():
         raise ValueError(f"frame_shift must be at least 1 sample, got {frame_shift.min()}")
-    frames = 1 + (num_samples - plan.window_length) // frame_shift
-    return Segments.from_lengths(np.where(num_samples < plan.window_length, 0, frames), budget)
+    return Segments.from_lengths(frame_counts(num_samples, plan.window_length, frame_shift), budget)
 
 
 def mel_filterbank_reference(

@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fastast.data import AudioDataset, PackedLoader, frame_counts, fsdd, mixed_frame_shifts
+from fastast.data import AudioDataset, PackedLoader, fsdd, mixed_frame_shifts
 from fastast.frontend import MelFrontend
 from fastast.methods import Supervised
 from fastast.models import create_model
 from fastast.nn import MelFilterbank
-from fastast.ops import hop_from_ms
+from fastast.ops.mel_filterbank import frame_counts, hop_from_ms
 from fastast.segments import TokenBudget
 from fastast.tokens import PatchGeometry
 

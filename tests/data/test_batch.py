@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastast import TokenBudget
-from fastast.data import BatchBudget, Clip, collate, frame_counts
+from fastast.data import BatchBudget, Clip, collate
 from fastast.nn.mel_filterbank import MelFilterbank
+from fastast.ops.mel_filterbank import frame_counts
 from fastast.tokens import PatchGeometry, patchify, random_keep
 from tests.data.helpers import RATE, tensors
 

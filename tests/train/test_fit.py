@@ -40,21 +40,21 @@ def test_learns_and_can_be_used(recipe, tmp_path):
 def test_resumes_bit_for_bit(recipe, tmp_path):
     fit(recipe, tmp_path / "whole", quiet=True)
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     def die(step, before=torch.optim.AdamW.step):
         def stepping(self, *args, **kwargs):
             stepping.count += 1
             if stepping.count == step:
-                raise Killed
+                raise KilledError
             return before(self, *args, **kwargs)
 
         stepping.count = 0
         return stepping
 
     steps = RunDirectory(tmp_path / "whole").metrics()[0]["step"]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError):
         patch.setattr(torch.optim.AdamW, "step", die(2 * steps))  # within the second epoch
         fit(recipe, tmp_path / "cut", quiet=True)
     assert len(RunDirectory(tmp_path / "cut").metrics()) == 1
