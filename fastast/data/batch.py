@@ -130,6 +130,11 @@ class Batch:
         "epoch",
     )
 
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, prefix tokens included. For logs, as ``num_clips``."""
+        return int(self.grid.segments.host_offsets[-1])
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
         tensors = {name: getattr(self, name) for name in self._TENSORS}

@@ -38,7 +38,7 @@ def evaluate(method: Supervised, loader: PackedLoader, device: torch.device | st
     clips = tokens = 0
     for batch in loader.epoch(0):
         clips += batch.num_clips
-        tokens += int(batch.grid.segments.host_offsets[-1])
+        tokens += batch.num_tokens
         batch = batch.to(device, non_blocking=True)
         out = method(batch)
         correct = correct + (out["logits"].argmax(1) == batch.targets).sum()

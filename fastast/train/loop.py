@@ -98,7 +98,14 @@ def fit(
         first_epoch, step, tokens = state["epoch"], state["step"], state["tokens"]
         run.rewind(first_epoch)
 
-    training = make_loader(recipe, data.train, geometry, training=True, fixed_shapes=compiled)
+    training = make_loader(
+        recipe,
+        data.train,
+        geometry,
+        training=True,
+        fixed_shapes=compiled,
+        pin_memory=device.type == "cuda",
+    )
     validation = make_loader(recipe, data.validation, geometry) if data.validation else None
     train_step = torch.compile(method, fullgraph=True) if compiled else method
 
@@ -119,7 +126,7 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 meter.count(batch)
-                tokens += int(batch.grid.segments.host_offsets[-1])
+                tokens += batch.num_tokens
                 batch = batch.to(device, non_blocking=True)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     loss = train_step(batch)["loss"]
@@ -192,7 +199,7 @@ class Meter:
         """Notes what a batch holds."""
         self.clips += batch.num_clips
         self.seconds += batch.audio_seconds
-        self.tokens += int(batch.grid.segments.host_offsets[-1])
+        self.tokens += batch.num_tokens
         self.rows += batch.grid.num_rows
 
     def add_loss(self, loss: torch.Tensor) -> None:

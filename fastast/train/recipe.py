@@ -253,6 +253,7 @@ def make_loader(
     seconds: float | None = None,
     compression: float = 1.0,
     fixed_shapes: bool = False,
+    pin_memory: bool = False,
 ) -> PackedLoader:
     """The batches of a recipe.
 
@@ -265,6 +266,7 @@ def make_loader(
         seconds: cut clips to this length; where the recipe fixes the input size, fix it to this.
         compression: factor on the finest frame shift, if not training.
         fixed_shapes: give all batches the same shapes.
+        pin_memory: page-lock the batches, for asynchronous copies to a GPU.
     """
     front, train = recipe.frontend, recipe.train
     rates = front.compression if training else [compression]
@@ -295,4 +297,5 @@ def make_loader(
         shuffle=training,
         seed=train.seed,
         fixed_shapes=fixed_shapes,
+        pin_memory=pin_memory,
     )
