@@ -133,9 +133,10 @@ class Segments:
         offsets = np.zeros(len(lengths) + 1, np.int32)
         np.cumsum(lengths, out=offsets[1:])
         host_offsets = torch.from_numpy(offsets)
-        # The same rows with one tile more per clip at most: a fixed size for a fixed budget.
-        surplus = 0 if budget is None else -(-capacity // TILE_ROWS) + len(lengths) + 1
-        tiles = torch.from_numpy(_tile_table(offsets, capacity, surplus))
+        # Clips that begin within a tile cost one tile more each: the most that a budget can need.
+        # Without one, at least two: a compiler specialises on sizes of 0 and 1.
+        num_tiles = 2 if budget is None else -(-capacity // TILE_ROWS) + len(lengths) + 1
+        tiles = torch.from_numpy(_tile_table(offsets, capacity, num_tiles))
         return cls(host_offsets.clone(), host_offsets, tiles, max_length)
 
     @property
@@ -175,7 +176,7 @@ class Segments:
 
 
 def _tile_table(offsets: np.ndarray, capacity: int, num_tiles: int) -> np.ndarray:
-    """The rows of :attr:`Segments.tiles`, padded with empty tiles up to ``num_tiles``."""
+    """The rows of :attr:`Segments.tiles`, padded with empty tiles to at least ``num_tiles``."""
     # The dead rows are one more segment, whose tiles attend to nothing.
     begins = np.append(offsets[:-1], offsets[-1]).astype(np.int64)
     ends = np.append(offsets[1:], capacity).astype(np.int64)

@@ -85,7 +85,9 @@ class AST(nn.Module):
         """
         features, grid = self.forward_features(inputs, grid)
         # Empty segments have no class tokens; any row serves, since their logits mean nothing.
-        cls = grid.segments.offsets[:-1].clamp(max=max(grid.num_rows - 2, 0))
+        if grid.num_rows < 2:
+            features = F.pad(features, (0, 0, 0, 2))
+        cls = grid.segments.offsets[:-1].clamp(max=features.shape[0] - 2)
         pooled = (F.embedding(cls, features) + F.embedding(cls + 1, features)) / 2
         return self.head(self.norm(pooled))
 

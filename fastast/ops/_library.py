@@ -72,6 +72,21 @@ def check_stream(name: str, x: Tensor, segments: Segments) -> None:
         raise ValueError(f"{name} must be floating point, got {x.dtype}")
 
 
+def check_rows(name: str, x: Tensor, host_offsets: Tensor) -> None:
+    """Rejects a stream shorter than its segments. Reads values: for kernels, not for tracing."""
+    if x.shape[0] < (rows := int(host_offsets[-1])):
+        raise ValueError(f"{name} has {x.shape[0]} rows but its segments have {rows}")
+
+
+def once_differentiable(name: str) -> None:
+    """Makes a backward operator refuse to be differentiated, which would be wrong silently."""
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(f"{name} is not differentiable: no second derivatives")
+
+    torch.library.register_autograd(name, refuse, lib=LIBRARY)
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Rejects an option's value that is not among its choices."""
     if value not in choices:

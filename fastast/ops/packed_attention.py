@@ -34,8 +34,10 @@ from fastast.ops._library import (
     SEGMENTS_SCHEMA,
     Run,
     check_choice,
+    check_rows,
     check_stream,
     equal_runs,
+    once_differentiable,
 )
 from fastast.segments import Segments
 
@@ -154,6 +156,11 @@ def _as_run(x: Tensor, run: Run) -> Tensor:
     return x[run.rows].unflatten(0, (run.count, run.length)).transpose(1, 2)
 
 
+def _dense_channels(x: Tensor) -> Tensor:
+    """PyTorch's CPU kernel takes neighbouring channels to be neighbours in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _lse_run(lse: Tensor, run: Run) -> Tensor:
     """The run's log-sum-exps as a view ``[count, heads, length]``."""
     return lse[:, run.rows].unflatten(1, (run.count, run.length)).transpose(0, 1)
@@ -191,6 +198,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, host_offsets: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     rows, heads, dim = q.shape
+    q, k, v = (_dense_channels(x) for x in (q, k, v))
     out = q.new_empty(rows, heads, dim)
     lse = q.new_empty(heads, rows, dtype=_lse_dtype(q))
     for run in equal_runs(host_offsets):
@@ -215,6 +223,7 @@ def _backward(
     scale: float,
 ) -> None:
     """Writes dq, dk and dv into ``grads``."""
+    grad_out, q, k, v = (_dense_channels(x) for x in (grad_out, q, k, v))
     for run in equal_runs(host_offsets):
         inputs = (_as_run(x, run) for x in (grad_out, q, k, v, out))
         run_grads = _dense_backward(*inputs, _lse_run(lse, run).contiguous(), scale)
@@ -226,6 +235,7 @@ def _backward(
 
 @torch.library.impl(LIBRARY, "packed_attention", ANY_DEVICE)
 def _attention(q, k, v, offsets, host_offsets, tiles, max_length, scale):
+    check_rows("q", q, host_offsets)
     return _forward(q, k, v, host_offsets, scale)
 
 
@@ -240,6 +250,7 @@ def _attention_backward(
 
 @torch.library.impl(LIBRARY, "packed_attention_qkv", ANY_DEVICE)
 def _attention_qkv(qkv, offsets, host_offsets, tiles, max_length, scale):
+    check_rows("qkv", qkv, host_offsets)
     return _forward(*qkv.unbind(1), host_offsets, scale)
 
 
@@ -307,6 +318,8 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "fastast::packed_attention_qkv", _attention_qkv_vjp, setup_context=_save, lib=LIBRARY
 )
+once_differentiable("fastast::packed_attention_backward")
+once_differentiable("fastast::packed_attention_qkv_backward")
 
 
 # Cost -----------------------------------------------------------------------------------------

@@ -38,8 +38,10 @@ from fastast.ops._library import (
     LIBRARY,
     SEGMENTS_SCHEMA,
     check_choice,
+    check_rows,
     check_stream,
     equal_runs,
+    once_differentiable,
 )
 from fastast.segments import Segments
 
@@ -68,6 +70,8 @@ def segment_pool(x: Tensor, u: Tensor, segments: Segments, *, backend: str = "au
             f"x must be [rows, dim] and u [queries, dim] with one dim, "
             f"got {tuple(x.shape)} and {tuple(u.shape)}"
         )
+    if not u.is_floating_point():
+        raise ValueError(f"u must be floating point, got {u.dtype}")
     if u.device != x.device:
         raise ValueError(f"u is on {u.device} but x is on {x.device}")
     if backend == "reference":
@@ -105,6 +109,7 @@ def _compute_dtype(x: Tensor, u: Tensor) -> torch.dtype:
 
 @torch.library.impl(LIBRARY, "segment_pool", ANY_DEVICE)
 def _pool(x, u, offsets, host_offsets, tiles, max_length):
+    check_rows("x", x, host_offsets)
     dtype = _compute_dtype(x, u)
     queries = u.to(dtype)
     segments = host_offsets.shape[0] - 1
@@ -172,6 +177,7 @@ def _pool_vjp(ctx, grad, _):
 torch.library.register_autograd(
     "fastast::segment_pool", _pool_vjp, setup_context=_save, lib=LIBRARY
 )
+once_differentiable("fastast::segment_pool_backward")
 
 
 @register_flop_formula(torch.ops.fastast.segment_pool, get_raw=True)

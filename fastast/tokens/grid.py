@@ -98,13 +98,19 @@ class PatchGeometry:
             counts = full
             patch = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         else:
-            keep = list(keep) + [np.zeros(0, np.int64)] * (len(lengths) - len(keep))
+            if len(keep) > len(lengths):
+                raise ValueError(f"keep has {len(keep)} entries for {len(lengths)} clips")
+            keep = [np.asarray(kept, np.int64) for kept in keep]
+            keep += [np.zeros(0, np.int64)] * (len(lengths) - len(keep))
             counts = np.array([len(kept) for kept in keep], np.int64)
             for clip, kept in enumerate(keep):
-                if len(kept) and not (0 <= kept[0] and kept[-1] < full[clip]):
+                outside = kept[(kept < 0) | (kept >= full[clip])]
+                if len(outside):
                     raise ValueError(
-                        f"keep[{clip}] names patch {kept[-1]}; the clip has {full[clip]}"
+                        f"keep[{clip}] names patch {outside[0]}; the clip has {full[clip]}"
                     )
+                if (np.diff(kept) <= 0).any():
+                    raise ValueError(f"keep[{clip}] must be sorted, without repeats")
             patch = np.concatenate(keep) if keep else np.zeros(0, np.int64)
 
         prefix = np.where(counts > 0, self.prefix, 0)

@@ -31,7 +31,7 @@ def patchify(frames: Tensor, grid: PatchGrid, geometry: PatchGeometry) -> Tensor
     # A view of every patch that begins at any frame, [rows, f', height, width]; the gather below
     # is the only copy. Zero frames at the end keep the view legal for streams shorter than a
     # patch.
-    frames = F.pad(frames, (0, 0, 0, width - 1))
+    frames = F.pad(frames, (0, 0, 0, width))
     patches = frames.unfold(1, height, step).unfold(0, width, 1)
     tokens = patches[grid.first_frame, grid.freq].flatten(1)
     is_patch = grid.segments.row_mask(grid.num_rows) & (grid.prefix_id < 0)
