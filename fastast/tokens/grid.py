@@ -63,7 +63,8 @@ class PatchGeometry:
     def num_tokens(self, frames: int | np.ndarray) -> int | np.ndarray:
         """Rows of the token stream that a clip takes; none if it is shorter than a patch."""
         patches = self.freq_patches * self.time_patches(frames)
-        return np.where(patches > 0, patches + self.prefix, 0)[()]
+        tokens = np.where(patches > 0, patches + self.prefix, 0)
+        return int(tokens) if np.ndim(frames) == 0 else tokens
 
     def min_frames(self) -> int:
         """Frames of the shortest clip that has a token."""
@@ -181,7 +182,8 @@ def kept_patches(num_patches: int | np.ndarray, drop: float) -> int | np.ndarray
     """How many patches of a clip survive token dropping: ``int(num_patches * (1 - drop))``, and
     at least one."""
     kept = np.maximum((np.asarray(num_patches) * (1 - drop)).astype(np.int64), 1)
-    return np.minimum(kept, num_patches)[()]
+    kept = np.minimum(kept, num_patches)
+    return int(kept) if np.ndim(num_patches) == 0 else kept
 
 
 def random_keep(num_patches: int, drop: float, seed: int, epoch: int, clip: int) -> np.ndarray:

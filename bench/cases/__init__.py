@@ -1,0 +1,6 @@
+"""The benchmarks. Importing this package registers them."""
+
+from bench.cases import elastic_ast, memory, packed_attention, segment_pool
+from fastast.models.vit import TRUNK_SIZES
+
+__all__ = ["TRUNK_SIZES", "elastic_ast", "memory", "packed_attention", "segment_pool"]

@@ -1,0 +1,137 @@
+"""Attention pooling with its projections: ours, fused masked attention, a loop over segments."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench import flops
+from bench.cases.call import Call, leaf
+from bench.cases.lengths import segment_lengths
+from bench.peers.attention import explicit_attention, sdpa_attention
+from bench.peers.elastic import pool
+from bench.peers.padding import Padding
+from bench.registry import Case, Contender, Settings, Work, benchmark
+from fastast import Segments
+from fastast.models.vit import TRUNK_SIZES
+from fastast.nn import AttentionPool
+
+Pooling = Callable[[AttentionPool, Tensor], Tensor]
+
+
+@benchmark(
+    "ops/segment_pool",
+    "The whole pooling layer: query, key, value and output projections, one row per segment.",
+)
+def cases(settings: Settings) -> Iterator[Case]:
+    dtype, size = settings.timed_dtype, settings.timed_size
+    trunk = TRUNK_SIZES[size]
+    for name, lengths in segment_lengths(settings.device):
+        for backward in (False, True):
+            yield Case(
+                f"length {name}, forward{'+backward' * backward}",
+                dtype,
+                size,
+                {
+                    "segments": len(lengths),
+                    "lengths": sorted(set(lengths)) if name != "mixed" else lengths,
+                    "tokens": sum(lengths),
+                    "dim": trunk.dim,
+                    "heads": trunk.num_heads,
+                },
+                partial(
+                    _build, settings.device, dtype, lengths, trunk.dim, trunk.num_heads, backward
+                ),
+            )
+
+
+def _build(
+    device: torch.device,
+    dtype: torch.dtype,
+    lengths: list[int],
+    dim: int,
+    heads: int,
+    backward: bool,
+) -> Work:
+    generator = torch.Generator().manual_seed(0)
+    layer = AttentionPool(dim, heads)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            # Scores of order one, so that the softmax is neither flat nor a choice.
+            std = 1.0 if parameter.ndim == 1 else dim**-0.5
+            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+    layer = layer.to(device, dtype)
+    x = torch.randn(sum(lengths), dim, generator=generator).to(device, dtype)
+    grad = torch.randn(len(lengths), dim, generator=generator).to(device, dtype)
+    segments, padding = Segments.from_lengths(lengths).to(device), Padding(lengths, device)
+
+    def call(function: Pooling, rows: Tensor, dtype: torch.dtype, **layout) -> Call:
+        twin, rows = copy.deepcopy(layer).to(dtype), leaf(rows, dtype)
+        return Call(
+            partial(function, twin, rows),
+            {"x": rows, **dict(twin.named_parameters())},
+            grad.to(dtype) if backward else None,
+            **layout,
+        )
+
+    def folded(layer: AttentionPool, rows: Tensor) -> Tensor:
+        return layer(rows, segments)
+
+    def padded(layer: AttentionPool, rows: Tensor) -> Tensor:
+        query = layer.query[None, None]
+        return pool(layer, rows, query, padding.key_mask(), sdpa_attention).squeeze(1)
+
+    def loop(layer: AttentionPool, rows: Tensor) -> Tensor:
+        query = layer.query[None, None]
+        parts = [
+            pool(layer, part[None], query, None, explicit_attention) for part in rows.split(lengths)
+        ]
+        return torch.cat(parts).squeeze(1)
+
+    def contender(name: str, why: str, call: Call, tokens: int, forward: int) -> Contender:
+        parameters = sum(weight.numel() for weight in layer.parameters())
+        once = tokens * dim + parameters + len(lengths) * dim
+        return Contender(
+            name,
+            why,
+            call.outputs,
+            call.step,
+            # The gradients of query and tokens are wanted, so nothing is spared.
+            flops=3 * forward if backward else forward,
+            # Backward: the inputs and the output's gradient again, the inputs' gradients out.
+            bytes=(3 * once if backward else once) * dtype.itemsize,
+            tokens=tokens,
+        )
+
+    total, count = sum(lengths), len(lengths)
+    return Work(
+        (
+            contender(
+                "fastast",
+                "the query goes through the key projection: no keys, no values",
+                call(folded, x, dtype),
+                total,
+                flops.pool_folded(dim, heads, total, count),
+            ),
+            contender(
+                "padded SDPA",
+                "keys and values of every token, then PyTorch's fused attention with one query "
+                "on segments padded to the longest",
+                call(padded, padding.pad(x), dtype, to_stream=padding.unpad, laid_out=("x",)),
+                padding.num_rows,
+                flops.pool_projected(dim, padding.num_rows, 1, count, padding.num_rows),
+            ),
+            contender(
+                "loop",
+                "keys and values, explicit softmax, one segment after the other",
+                call(loop, x, dtype),
+                total,
+                flops.pool_projected(dim, total, count, count, total),
+            ),
+        ),
+        lambda in_dtype: call(loop, x, in_dtype).outputs(),
+    )

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU: builds, imports, tests and measures, on a machine with CUDA 13,
+# python3 with torch 2.11, triton 3.6, numpy, pytest, cmake and ninja, and no network.
+#
+#   bench/gpu_run.sh              all stages
+#   bench/gpu_run.sh ops e2e      these alone
+#
+# Each stage takes at most eight minutes. A stage that fails is recorded and the rest go on; one
+# that has succeeded for this commit is skipped, so after an interruption run the same again.
+# Results go to $OUT, by default bench/results: <gpu>/gpu_run.json says how each stage ended.
+#
+#   FORCE=1          run stages again that have succeeded
+#   PYTHON=...       another interpreter than python3
+#   FASTAST_COMMIT   names the commit where the tree is a copy without git
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export OUT="${OUT:-bench/results}" PYTHONUNBUFFERED=1
+PYTHON="${PYTHON:-python3}"
+SECONDS_PER_STAGE=480
+ALL=(build import tests ops e2e memory)
+
+# The files that have GPU tests; others may import packages that such a machine lacks.
+gpu_tests() {
+    local files
+    mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
+    ((${#files[@]})) || return 5
+    "$PYTHON" -m pytest -q -m gpu "${files[@]}"
+}
+
+run_stage() {
+    case $1 in
+        build) "$PYTHON" setup.py build_ext --inplace ;;
+        import) "$PYTHON" -c 'import fastast; print(fastast.__version__, *fastast.list_models())' ;;
+        tests) gpu_tests ;;
+        # A clean commit's finished cases are kept, so a stage that ran out of time goes on.
+        ops | e2e | memory) "$PYTHON" -m bench "$1" --device cuda --out "$OUT" --missing ;;
+    esac
+}
+
+# `timeout` starts a program, not a function: it starts this script again with a stage to run.
+if [[ ${1:-} == --run ]]; then
+    run_stage "$2"
+    exit
+fi
+
+(($#)) || set -- "${ALL[@]}"
+for stage in "$@"; do
+    if [[ " ${ALL[*]} " != *" $stage "* ]]; then
+        echo "unknown stage: $stage; there are ${ALL[*]}" >&2
+        exit 2
+    fi
+done
+
+for stage in "$@"; do
+    if [[ -z ${FORCE:-} ]] && "$PYTHON" -m bench.stages done "$stage"; then
+        echo "== $stage: done for this commit"
+        continue
+    fi
+    echo "== $stage"
+    log=$(mktemp)
+    begin=$SECONDS
+    timeout --kill-after=10 "$SECONDS_PER_STAGE" bash bench/gpu_run.sh --run "$stage" 2>&1 |
+        tee "$log"
+    code=${PIPESTATUS[0]}
+    "$PYTHON" -m bench.stages record "$stage" "$code" "$((SECONDS - begin))" "$log"
+    rm -f "$log"
+done
+
+echo "== summary"
+"$PYTHON" -m bench.stages summary

@@ -1,0 +1,135 @@
+"""``python -m bench`` and the GPU script, as they are called."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import stages
+from bench.__main__ import main
+from bench.cases import packed_attention
+from bench.peers.attention import sdpa_attention
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "bench" / "gpu_run.sh"
+
+
+@pytest.mark.parametrize(
+    "case", ["attention length 128, head dim 64, forward+", "pool length mixed, forward+"]
+)
+def test_ops_are_measured_written_and_reported(case, tmp_path, capsys):
+    out = ["--device", "cpu", "--out", str(tmp_path / "results")]
+    arguments = ["--case", case, "--reps", "1", "--docs", str(tmp_path / "page.md")]
+    assert main(["ops", "report", *out, *arguments]) == 0
+    assert "[1/1]" in capsys.readouterr().out
+    document = json.loads((tmp_path / "results" / "cpu" / "ops.json").read_text())
+    assert len(document["rows"]) == 3
+    assert [row["contender"] for row in document["rows"] if row["ours"]] == ["fastast"]
+    assert all(row["error"] < 1e-5 and row["flops"] > 0 for row in document["rows"])
+    assert "fastast, ms" in (tmp_path / "page.md").read_text()
+
+
+def test_a_case_that_fails_is_named_and_the_exit_code_says_so(tmp_path, monkeypatch, capsys):
+    def wrong(q, k, v, mask, scale):
+        return sdpa_attention(q, k, v, mask, 1.01 * scale)
+
+    monkeypatch.setattr(packed_attention, "sdpa_attention", wrong)
+    case = ["--case", "attention length 16, head dim 64, forward+", "--reps", "1"]
+    assert main(["ops", "--device", "cpu", "--out", str(tmp_path), *case]) == 1
+    printed = capsys.readouterr()
+    assert "padded SDPA: out is off by" in printed.out
+    assert "failed: ops/packed_attention length 16, head dim 64, forward+backward" in printed.err
+    assert not (tmp_path / "cpu").exists()
+
+
+def test_list_measures_nothing(tmp_path, capsys):
+    assert main(["e2e", "memory", "--list", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "e2e/elastic_ast mixed resolutions, 12 clips [tiny, float32]"
+    assert len(lines) == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_torch_numpy_and_triton_are_enough():
+    extras = "rich soundfile soxr jsonargparse yaml matplotlib sklearn torchmetrics torchaudio"
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({extras.split()}));"
+        "import bench.__main__ as b; b.main(['ops', '--list', '--device', 'cpu'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_gpu_script_is_bash():
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+    assert SCRIPT.stat().st_mode & 0o111
+
+
+@pytest.fixture
+def gpu_run(tmp_path):
+    """Runs the script with an interpreter that plays the stages and keeps the real records."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/usr/bin/env bash
+case "$*" in
+    "-m bench.stages "*) FASTAST_COMMIT=abc exec {sys.executable} -S "$@" ;;
+    *list_models*) echo "broken import"; exit 3 ;;
+    *"-m pytest"*) exit 5 ;;
+    *) echo "ran $*"; echo "$*" >> {tmp_path}/ran ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+
+    def run(*stages: str) -> tuple[int, str, dict]:
+        done = subprocess.run(
+            ["bash", str(SCRIPT), *stages],
+            env={"PATH": "/usr/bin:/bin", "PYTHON": str(python), "OUT": str(tmp_path / "out")},
+            capture_output=True,
+            text=True,
+        )
+        records = list((tmp_path / "out").glob("*/gpu_run.json"))
+        return done.returncode, done.stdout, json.loads(records[0].read_text()) if records else {}
+
+    return run
+
+
+def test_a_stage_that_fails_is_recorded_and_the_rest_go_on(gpu_run):
+    code, printed, record = gpu_run()
+    assert code == 1
+    assert list(record) == ["build", "import", "tests", "ops", "e2e", "memory"]
+    status = {stage: entry["status"] for stage, entry in record.items()}
+    assert status.pop("import") == "failed"
+    assert status.pop("tests") in ("ok", "nothing to do")
+    assert set(status.values()) == {"ok"}
+    assert record["import"]["exit_code"] == 3
+    assert "broken import" in record["import"]["log"]
+    assert "== summary" in printed
+
+
+def test_an_unknown_stage_is_refused(gpu_run):
+    assert gpu_run("nonsense")[0] == 2
+
+
+def test_stages_that_have_succeeded_on_a_clean_commit_are_done(tmp_path, monkeypatch):
+    path = tmp_path / "gpu_run.json"
+    state = ["a" * 40, False]
+    monkeypatch.setattr(stages, "commit_and_dirty", lambda: tuple(state))
+    stages.record(path, "ops", 0, 7, f"log of {ROOT}/bench")
+    stages.record(path, "e2e", 124, 480, "")
+    assert json.loads(path.read_text())["ops"]["log"] == "log of ./bench"
+    assert stages.is_done(path, "ops")
+    assert not stages.is_done(path, "e2e")
+    assert not stages.is_done(path, "tests")
+    assert stages.read(path)["e2e"]["status"] == "timed out"
+    text, good = stages.summary(path)
+    assert "timed out" in text
+    assert not good
+    state[1] = True
+    assert not stages.is_done(path, "ops")
+    state[:] = ["b" * 40, False]
+    assert not stages.is_done(path, "ops")
+    state[:] = [None, None]
+    assert not stages.is_done(path, "ops")

@@ -1,0 +1,127 @@
+"""The page made of the results."""
+
+import pytest
+
+from bench import report, results
+from bench.runner import measure
+
+
+def run(**fields) -> dict:
+    machine = {"gpu": None, "gpu_memory": None, "cpu": "A CPU", "cores": 8, "threads": 4}
+    versions = {"python": "3.12.0", "torch": "2.11.0", "cuda": None}
+    commit = {"commit": "0123456789abcdef", "dirty": False, "date": "2026-01-01T00:00:00Z"}
+    return {"machine": machine, "versions": versions} | commit | fields
+
+
+def row(case: str, contender: str, **fields) -> dict:
+    empty = dict.fromkeys(
+        ("median_ms", "p20_ms", "p80_ms", "reps", "tokens", "flops", "bytes", "saved_bytes")
+    )
+    return empty | {
+        "benchmark": "ops/packed_attention",
+        "case": case,
+        "contender": contender,
+        "ours": contender == "fastast",
+        "why": f"why {contender}",
+        "device": "cpu",
+        "dtype": "float32",
+        "size": "tiny",
+        "peak_bytes": None,
+        "ours_over_this": {},
+    } | fields  # fmt: skip
+
+
+def timed(median: float, ratio: float | None = None, **fields) -> dict:
+    spread = {"median_ms": median, "p20_ms": median / 2, "p80_ms": median * 2, "reps": 5}
+    return spread | fields | ({"ours_over_this": {"median_ms": ratio}} if ratio else {})
+
+
+def test_every_table_names_machine_versions_commit_and_date(tmp_path):
+    rows = [row("length 16, forward", "fastast", **timed(2.0, flops=4 * 10**9, bytes=10**9))]
+    rows += [row("length 16, forward", "padded", **timed(3.0, 2 / 3))]
+    results.merge(tmp_path / "cpu" / "ops.json", rows, run())
+    page = report.render(tmp_path)
+    assert "| length 16, forward | 2 (1 to 4) | 3 (1.5 to 6) | 1.50 | 2000 | 500 |" in page
+    assert "| case | fastast, ms | padded, ms | padded / ours | GFLOP/s | GB/s |" in page
+    assert (
+        "A CPU, 8 cores, 4 threads; python 3.12.0, torch 2.11.0; "
+        "commit 0123456789ab; 2026-01-01T00:00:00Z" in page
+    )
+    assert "- **padded**: why padded" in page
+
+
+def test_what_was_not_measured_is_blank(tmp_path):
+    rows = [
+        row("length 16, forward", "fastast", **timed(2.0)),
+        row("length 64, forward", "fastast", **timed(2.0)),
+        row("length 64, forward", "padded", **timed(3.0, 2 / 3)),
+    ]
+    results.merge(tmp_path / "cpu" / "ops.json", rows, run())
+    page = report.render(tmp_path)
+    assert "| length 16, forward | 2 (1 to 4) |  |  |  |  |" in page
+    assert "None" not in page
+    assert "nan" not in page
+
+
+def test_cases_are_ordered_by_their_numbers(tmp_path):
+    rows = [row(f"length {n}, forward", "fastast", **timed(1.0)) for n in (512, "mixed", 64, 16)]
+    results.merge(tmp_path / "cpu" / "ops.json", rows, run())
+    page = report.render(tmp_path)
+    places = [page.index(f"| length {n}, forward") for n in (16, 64, 512, "mixed")]
+    assert places == sorted(places)
+
+
+def test_dirty_trees_and_other_machines_are_said_to_be(tmp_path):
+    gpu = {"gpu": "A GPU", "gpu_memory": 1, "cpu": "A CPU", "cores": 8, "threads": 4}
+    memory = {"saved_bytes": 3 * 2**20, "tokens": 10}
+    name = {"benchmark": "memory/elastic_ast", "device": "cuda"}
+    rows = [row("batch", "fastast", **memory, **name)]
+    rows += [
+        row(
+            "batch",
+            "rows",
+            saved_bytes=12 * 2**20,
+            tokens=20,
+            ours_over_this={"saved_bytes": 0.25},
+            **name,
+        )
+    ]
+    results.merge(tmp_path / "a-gpu" / "memory.json", rows, run(machine=gpu, dirty=True))
+    page = report.render(tmp_path)
+    assert "**A GPU; float32, tiny**" in page
+    assert "with uncommitted changes" in page
+    assert "| case | contender | tokens | kept, MiB | / ours |" in page
+    assert "| batch | rows | 20 | 12 | 4.00 |" in page
+
+
+def test_without_results_the_page_has_no_tables(tmp_path):
+    page = report.render(tmp_path)
+    assert page.startswith("# Benchmarks")
+    assert "|" not in page
+    report.write(tmp_path, tmp_path / "docs" / "page.md")
+    assert (tmp_path / "docs" / "page.md").read_text() == page
+
+
+def test_the_page_reads_what_the_runner_writes(tmp_path):
+    import torch
+
+    from bench.clock import CpuClock
+    from bench.registry import Benchmark, Case, Contender, Work
+
+    x = torch.ones(3)
+    contenders = tuple(
+        Contender(name, "why", lambda: {"out": x}, lambda: None, flops=1, bytes=1, tokens=1)
+        for name in ("fastast", "peer")
+    )
+    work = Work(contenders, lambda dtype: {"out": x.to(dtype)})
+    case = Case("case", torch.float32, "tiny", {}, lambda: work)
+    rows = measure(Benchmark("e2e/toy", "", lambda s: []), case, CpuClock(), "cpu", 2)
+    results.merge(tmp_path / "cpu" / "e2e.json", rows, results.current_run("cpu"))
+    page = report.render(tmp_path)
+    assert "### e2e/toy" in page
+    assert page.count("| case | ") == 3  # the header and two contenders
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, ""), (0.01234, "0.0123"), (1234.5, "1234")])
+def test_numbers_have_three_digits(value, text):
+    assert report._number(value) == text
