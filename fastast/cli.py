@@ -9,11 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-from rich.console import Console
-from rich.table import Table
-
-# PyTorch and the library are imported inside the commands, so that --help answers at once.
+# Everything else is imported inside the commands, so that --help answers at once and `doctor` can
+# say what is missing.
+EXTRAS = ("jsonargparse", "matplotlib", "rich", "safetensors", "soundfile", "soxr", "yaml")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,8 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"fastast {name}: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        print(f"fastast {name} needs {error.name}: pip install 'fastast[train]'", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("stopped; 'fastast fit ... --resume' goes on with a run", file=sys.stderr)
+        hint = "; --resume goes on with the run" if name == "fit" else ""
+        print(f"stopped{hint}", file=sys.stderr)
         return 130
 
 
@@ -44,20 +48,29 @@ def _usage() -> str:
 
 def fit(argv: list[str]) -> None:
     """Trains a model from a recipe file; any setting can be overridden."""
+    from jsonargparse import SUPPRESS, ArgumentParser
+
     from fastast.train import Recipe
     from fastast.train import fit as train
 
-    parser = ArgumentParser(prog="fastast fit", description=fit.__doc__)
-    parser.add_argument("--recipe", action="config", help="recipe file; the word may be left out")
+    parser = ArgumentParser(
+        prog="fastast fit", usage="fastast fit RECIPE [options]", description=fit.__doc__
+    )
+    parser.add_argument("--recipe", action="config", help=SUPPRESS)
     parser.add_argument("--run-dir", type=str, help="default: runs/ and the recipe's name")
     parser.add_argument("--resume", action="store_true", help="go on with a stopped run")
     parser.add_class_arguments(Recipe)
-    if argv and not argv[0].startswith("-"):
-        argv = ["--recipe", *argv]
+    if argv and argv[0] not in ("-h", "--help"):
+        recipe_file, *rest = argv
+        if recipe_file.startswith("-"):
+            raise ValueError(f"the recipe file comes first, then options; got {recipe_file}")
+        if not Path(recipe_file).is_file():
+            raise ValueError(f"there is no recipe file {recipe_file}")
+        argv = ["--recipe", recipe_file, *rest]
+    elif not argv:
+        argv = ["--help"]
     options = parser.parse_args(argv)
-    run_dir = options.run_dir
-    if run_dir is None:
-        run_dir = Path("runs") / (Path(argv[1]).stem if options.recipe else "unnamed")
+    run_dir = options.run_dir or Path("runs") / Path(recipe_file).stem
     options = parser.instantiate(options)
     recipe = Recipe(options.data, options.frontend, options.model, options.train)
     train(recipe, run_dir, resume=options.resume)
@@ -66,6 +79,11 @@ def fit(argv: list[str]) -> None:
 
 def evaluate(argv: list[str]) -> None:
     """Measures accuracy, also over lengths and frame shifts."""
+    from jsonargparse import ArgumentParser
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastast.data import AudioDataset
     from fastast.train import evaluate as score
     from fastast.train import evaluate_over, load_data, load_model, make_loader
     from fastast.train.figures import plot_curves
@@ -74,7 +92,8 @@ def evaluate(argv: list[str]) -> None:
     parser = ArgumentParser(prog="fastast evaluate", description=evaluate.__doc__)
     parser.add_argument("checkpoint", type=str, help="run directory or model.safetensors")
     parser.add_argument("--split", type=str, default="test", help="test, validation or train")
-    parser.add_argument("--root", type=str, help="another folder of data than the recipe's")
+    parser.add_argument("--root", type=str, help="where the recipe's data lies, if it was moved")
+    parser.add_argument("--folder", type=str, help="evaluate all of this folder per class instead")
     parser.add_argument("--lengths", type=str, help="in seconds, such as 0.5,1,2,5")
     parser.add_argument("--frame-shifts", type=str, help="in milliseconds, such as 10,20,30")
     parser.add_argument("--device", type=str, default="auto")
@@ -83,14 +102,16 @@ def evaluate(argv: list[str]) -> None:
     method, recipe, class_names = load_model(options.checkpoint)
     device = pick_device(options.device)
     method.to(device)
-    if options.root:
-        recipe.data.root = options.root
-    splits = load_data(recipe.data, recipe.train.seed)
-    if options.split not in vars(splits):
-        raise ValueError(f"--split must be one of {', '.join(vars(splits))}")
-    dataset = getattr(splits, options.split)
-    if dataset is None:
-        raise ValueError("the recipe sets no clips aside for validation (data.validation is 0)")
+    if options.folder:
+        dataset = AudioDataset.from_folder(options.folder, recipe.data.sample_rate)
+    else:
+        recipe.data.root = options.root or recipe.data.root
+        splits = vars(load_data(recipe.data))
+        if options.split not in splits:
+            raise ValueError(f"--split must be one of {', '.join(splits)}")
+        dataset = splits[options.split]
+        if dataset is None:
+            raise ValueError("the recipe sets no clips aside for validation (data.validation is 0)")
     if dataset.class_names != class_names:
         raise ValueError(
             f"the model knows the classes {class_names}, the data has {dataset.class_names}"
@@ -108,7 +129,8 @@ def evaluate(argv: list[str]) -> None:
     )
     whole = score(method, make_loader(recipe, dataset, method.model.geometry), device)
     table = Table("evaluated on", "accuracy", "loss", "clips", "tokens")
-    table.add_row(f"{options.split} set", *_cells(vars(whole)))
+    what = options.folder or f"{options.split} set"
+    table.add_row(what, *_cells(vars(whole)))
     for row in rows["lengths"]:
         table.add_row(f"at most {row['at']:g} s", *_cells(row))
     for row in rows["compression"]:
@@ -118,16 +140,19 @@ def evaluate(argv: list[str]) -> None:
 
     folder = Path(options.checkpoint)
     folder = folder if folder.is_dir() else folder.parent
-    result = {"split": options.split, "whole": vars(whole)} | rows
+    result = {"clips_of": what, "whole": vars(whole)} | rows
     (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"Wrote {folder / 'evaluation.json'}")
     if lengths or shifts:
-        plot_curves({folder.name: rows}, folder / "evaluation.png")
+        figure = folder / "evaluation.png"
+        plot_curves({folder.name: rows}, figure, recipe.frontend.frame_shift_ms)
         print(f"Wrote {folder / 'evaluation.png'}")
 
 
 def predict(argv: list[str]) -> None:
     """Names the most likely classes of audio files."""
+    from jsonargparse import ArgumentParser
+
     from fastast.train import load_model
     from fastast.train.loop import pick_device
     from fastast.train.predict import predict_files
@@ -157,22 +182,23 @@ def predict(argv: list[str]) -> None:
 
 def doctor(argv: list[str]) -> int:
     """Checks this installation and says what to mend."""
-    parser = ArgumentParser(prog="fastast doctor", description=doctor.__doc__)
-    parser.parse_args(argv)
-    table = Table("part", "found", "")
+    if argv:
+        raise ValueError(f"doctor takes no options, got {' '.join(argv)}")
     healthy = True
 
     def report(part: str, found: str, mend: str = "") -> None:
         nonlocal healthy
         healthy &= not mend
-        table.add_row(part, found, f"[red]{mend}[/]" if mend else "[green]ok[/]")
+        print(f"{part:13} {found:40} {'-> ' + mend if mend else 'ok'}")
 
     report("Python", sys.version.split()[0])
-    for name in ("torch", "numpy", "soundfile", "soxr", "safetensors"):
+    for module in ("torch", "numpy", *EXTRAS):
+        package = {"yaml": "pyyaml"}.get(module, module)
         try:
-            report(name, importlib.metadata.version(name))
+            report(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
-            report(name, "missing", f"pip install {name}")
+            needed = "'fastast[train]'" if module in EXTRAS else package
+            report(package, "missing", f"pip install {needed}")
     try:
         report("triton", importlib.metadata.version("triton"))
     except importlib.metadata.PackageNotFoundError:
@@ -192,7 +218,6 @@ def doctor(argv: list[str]) -> int:
         report("GPU", "none; everything runs on the CPU")
     error = _self_test()
     report("attention", f"error {error:.0e} in float32", "" if error < 1e-5 else "wrong results")
-    Console().print(table)
     return 0 if healthy else 1
 
 

@@ -42,6 +42,34 @@ def test_fit_evaluate_predict(run_dir, tmp_path, capsys):
     assert alone["classes"] == pytest.approx(lines[2]["classes"], abs=1e-6)
 
 
+def test_predict_reads_files_whole(run_dir, tmp_path, capsys):
+    """Whatever data.max_seconds was in training."""
+    import numpy as np
+    import soundfile
+
+    low = 0.3 * np.sin(2 * np.pi * 300 * np.arange(8000) / 8000)
+    high = 0.3 * np.sin(2 * np.pi * 1500 * np.arange(40 * 8000) / 8000)
+    soundfile.write(tmp_path / "short.wav", low, 8000)
+    soundfile.write(tmp_path / "long.wav", np.concatenate([low, high]), 8000)
+    found = []
+    for name in ("short", "long"):
+        assert main(["predict", str(run_dir), str(tmp_path / f"{name}.wav"), "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1])["classes"])
+    assert found[0] != pytest.approx(found[1], abs=1e-3)
+
+
+def test_bad_audio_is_named(run_dir, tmp_path, capsys):
+    (tmp_path / "bad.wav").write_bytes(b"not audio at all")
+    for name in ("bad.wav", "missing.wav"):
+        assert main(["predict", str(run_dir), str(tmp_path / name)]) == 1
+        assert name in capsys.readouterr().err
+
+
+def test_evaluates_a_folder(run_dir, tones, capsys):
+    assert main(["evaluate", str(run_dir), "--folder", str(tones)]) == 0
+    assert json.loads((run_dir / "evaluation.json").read_text())["whole"]["clips"] == 40
+
+
 def test_doctor(capsys):
     assert main(["doctor"]) == 0
     assert "native build" in capsys.readouterr().out
@@ -55,6 +83,8 @@ def test_doctor(capsys):
         (["trian"], 2, "no command 'trian'"),
         (["evaluate", "nowhere"], 1, "nowhere does not exist"),
         (["predict", "nowhere", "x.wav"], 1, "nowhere does not exist"),
+        (["fit", "--train.epochs", "3"], 1, "recipe file comes first"),
+        (["fit", "nowhere.yaml"], 1, "no recipe file nowhere.yaml"),
     ],
 )
 def test_usage_and_errors(argv, status, message, capsys):

@@ -25,7 +25,7 @@ from torch import Tensor
 _FULL_SCALE = 32768
 
 
-class AudioError(RuntimeError):
+class AudioError(ValueError):
     """An audio file that cannot be used: which one, what is wrong, and what to do about it."""
 
     def __init__(self, path: str | PathLike, what: str, fix: str) -> None:

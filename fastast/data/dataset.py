@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
+import zlib
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -30,6 +33,7 @@ class AudioDataset:
         labels: class of each, an index into ``class_names``.
         class_names: of all classes.
         sample_rate: in Hz, to which clips are resampled.
+        root: folder of the data set. A clip is known by its path below it.
         cache: keep decoded clips in memory. Default: if all of them take less than
             :data:`CACHE_BYTES`.
 
@@ -39,6 +43,7 @@ class AudioDataset:
         class_names: list of str.
         sample_rate: in Hz.
         lengths: int64 array ``[clips]``, samples of each clip after resampling. Exact.
+        names: list of str, the paths relative to ``root``.
         clip_ids: int64 array ``[clips]``. Random numbers are keyed by them; a clip keeps its
             number in every subset.
 
@@ -54,9 +59,13 @@ class AudioDataset:
         class_names: Sequence[str],
         sample_rate: int,
         *,
+        root: str | PathLike | None = None,
         cache: bool | None = None,
     ) -> None:
         self.paths = [Path(path) for path in paths]
+        self.names = [
+            (path.relative_to(root) if root is not None else path).as_posix() for path in self.paths
+        ]
         self.labels = np.asarray(labels, np.int64)
         self.class_names = list(class_names)
         self.sample_rate = sample_rate
@@ -102,7 +111,11 @@ class AudioDataset:
                 f"{root} has no folders; put the clips of each class into one of its own"
             )
         files = [
-            sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+            sorted(
+                path
+                for path in folder.rglob("[!.]*")
+                if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()
+            )
             for folder in folders
         ]
         for folder, found in zip(folders, files, strict=True):
@@ -113,7 +126,9 @@ class AudioDataset:
                 )
         labels = np.repeat(np.arange(len(folders)), [len(found) for found in files])
         names = [folder.name for folder in folders]
-        return cls(list(itertools.chain(*files)), labels, names, sample_rate, cache=cache)
+        return cls(
+            list(itertools.chain(*files)), labels, names, sample_rate, root=root, cache=cache
+        )
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -151,23 +166,31 @@ class AudioDataset:
         part = object.__new__(AudioDataset)  # the headers are known; do not read them again
         part.__dict__.update(self.__dict__)
         part.paths = [self.paths[index] for index in indices]
+        part.names = [self.names[index] for index in indices]
         part.labels = self.labels[indices]
         part.lengths = self.lengths[indices]
         part.clip_ids = self.clip_ids[indices]
         return part
 
-    def split(self, fraction: float, seed: int = 0) -> tuple[AudioDataset, AudioDataset]:
-        """Cuts a validation part off: ``(train, validation)``, deterministic in ``seed``.
+    def digest(self) -> str:
+        """A short name for just these clips, labels and lengths, for telling data sets apart."""
+        listing = [self.class_names, self.names, self.labels.tolist(), self.lengths.tolist()]
+        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
 
-        Stratified: each class gives the share ``fraction``, rounded, but keeps at least one clip
-        for training.
+    def split(self, fraction: float, seed: int = 0) -> tuple[AudioDataset, AudioDataset]:
+        """Cuts a part off: ``(rest, part)``, deterministic in ``seed``.
+
+        Stratified: each class gives the share ``fraction``, rounded, but keeps at least one clip.
+        Which side a clip falls on hangs on its name, so that files that are added or removed do
+        not reshuffle the others (but for a few, where the rounding shifts).
 
         Raises:
             ValueError: ``fraction`` is not in (0, 1), or no class has a clip to give.
         """
         if not 0 < fraction < 1:
             raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
-        keys = random_bits(seed, 0, torch.from_numpy(self.clip_ids), "validation split", 1)[:, 0]
+        hashes = torch.tensor([zlib.crc32(name.encode()) for name in self.names])
+        keys = random_bits(seed, 0, hashes, "split", 1)[:, 0]
         shuffled = np.argsort(keys.numpy(), kind="stable")
         held_out = np.zeros(len(self), bool)
         for label in np.unique(self.labels):

@@ -63,7 +63,7 @@ def fsdd(
     else:
         raise ValueError(f"leave_out must be one of {sorted(set(speakers))}, got {leave_out!r}")
 
-    everything = AudioDataset(paths, labels, names, sample_rate, cache=cache)
+    everything = AudioDataset(paths, labels, names, sample_rate, root=root, cache=cache)
     if split == "all":
         return everything
     return everything.subset(np.flatnonzero(is_test if split == "test" else ~is_test))

@@ -1,9 +1,9 @@
 """Sounds to learn from where no data set is at hand.
 
 Eight classes that a model must tell apart by spectrum *and* by order in time: rising and falling
-chirps, or rising and falling noise, have the same average spectrum. Every sound unfolds over its
-whole length or repeats slower than 6 times a second, so it stays what it is from 0.3 to 6 s and
-at frame shifts up to 40 ms. Pitch, rates, level, background noise and onset are random.
+chirps, or rising and falling noise, have the same average spectrum. Whatever changes repeats 1.6 to
+6 times a second, so a sound stays what it is from 0.3 to 6 s and at frame shifts up to 40 ms.
+Pitch, rates, level, background noise and onset are random.
 """
 
 from __future__ import annotations
@@ -108,16 +108,19 @@ def _harmonics(rng: np.random.Generator, hertz: np.ndarray, sample_rate: int) ->
     return tone.astype(np.float32)
 
 
-def _glide(rng: np.random.Generator, samples: int) -> np.ndarray:
-    """A rising frequency in Hz, by 1 to 2.5 octaves, up to 3.4 kHz: ``[samples]``."""
-    octaves = rng.uniform(1, 2.5)
-    lowest = np.exp(rng.uniform(np.log(200), np.log(3400 / 2**octaves)))
-    return lowest * 2 ** (octaves * np.linspace(0, 1, samples))
+def _glide(rng: np.random.Generator, samples: int, sample_rate: int) -> np.ndarray:
+    """A frequency in Hz that rises by 1.5 to 2.5 octaves, and again: ``[samples]``.
+
+    Each rise takes 0.25 to 0.6 s, whatever the length of the clip.
+    """
+    lowest, octaves = rng.uniform(250, 500), rng.uniform(1.5, 2.5)
+    turns = np.arange(samples) / (rng.uniform(0.25, 0.6) * sample_rate) + rng.uniform(0, 1)
+    return lowest * 2 ** (octaves * (turns % 1))
 
 
 def _pitch(rng: np.random.Generator, samples: int) -> np.ndarray:
     """A constant frequency in Hz: ``[samples]``."""
-    return np.full(samples, np.exp(rng.uniform(np.log(200), np.log(1500))))
+    return np.full(samples, rng.uniform(300, 1000))
 
 
 def _noise_band(rng: np.random.Generator, centre: np.ndarray, sample_rate: int) -> np.ndarray:
@@ -138,19 +141,19 @@ def _slow(rng: np.random.Generator, samples: int, sample_rate: int) -> np.ndarra
 
 
 def _rising_chirp(rng: np.random.Generator, samples: int, rate: int) -> np.ndarray:
-    return _harmonics(rng, _glide(rng, samples), rate)
+    return _harmonics(rng, _glide(rng, samples, rate), rate)
 
 
 def _falling_chirp(rng: np.random.Generator, samples: int, rate: int) -> np.ndarray:
-    return _harmonics(rng, _glide(rng, samples)[::-1], rate)
+    return _harmonics(rng, _glide(rng, samples, rate)[::-1], rate)
 
 
 def _rising_noise(rng: np.random.Generator, samples: int, rate: int) -> np.ndarray:
-    return _noise_band(rng, _glide(rng, samples), rate)
+    return _noise_band(rng, _glide(rng, samples, rate), rate)
 
 
 def _falling_noise(rng: np.random.Generator, samples: int, rate: int) -> np.ndarray:
-    return _noise_band(rng, _glide(rng, samples)[::-1], rate)
+    return _noise_band(rng, _glide(rng, samples, rate)[::-1], rate)
 
 
 def _steady_tone(rng: np.random.Generator, samples: int, rate: int) -> np.ndarray:

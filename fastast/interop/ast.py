@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastast.interop.keys import count_blocks
 from fastast.models import AST
 
 
@@ -35,7 +36,7 @@ def from_state_dict(weights: dict[str, Tensor], config: dict) -> AST:
         patch_size=(height, width),
         stride=stride,
         dim=dim,
-        depth=1 + max(int(key.split(".")[2]) for key in weights if key.startswith("v.blocks.")),
+        depth=count_blocks(weights, "v.blocks."),
         num_heads=dim // 64,
     ).to(kernel.dtype)
     converted = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastast.interop.keys import count_blocks
 from fastast.models import ElasticAST
 
 
@@ -28,7 +29,7 @@ def from_state_dict(weights: dict[str, Tensor], config: dict) -> ElasticAST:
         patch_size=patch_size,
         max_time_patches=weights["pos_embed_time"].shape[0],
         dim=dim,
-        depth=1 + max(int(key.split(".")[2]) for key in weights if key.startswith(blocks)),
+        depth=count_blocks(weights, blocks),
         num_heads=dim // 64,
         pool=pool,
         attention_scale=1.0,

@@ -37,3 +37,5 @@ def from_reference(
         return _CONVERTERS[family](weights, dict(config or {})).eval()
     except KeyError as error:
         raise ValueError(f"the state dict has no {error}: is it of the {family} family?") from error
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f"the state dict does not fit the {family} family: {error}") from error

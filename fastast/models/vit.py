@@ -6,6 +6,7 @@ published weights map onto them one to one.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -127,8 +128,20 @@ def as_stream(
             raise ValueError(f"inputs must be [clips, frames, num_mels], got {tuple(inputs.shape)}")
         frames, lengths = inputs.flatten(0, 1), [inputs.shape[1]] * inputs.shape[0]
     if grid is None:
-        grid = geometry.grid(lengths).to(frames.device)
+        grid = geometry.grid(lengths)
+        _warn_of_clips_without_tokens(grid, geometry)
+        grid = grid.to(frames.device)
     return frames, grid
+
+
+def _warn_of_clips_without_tokens(grid: PatchGrid, geometry: PatchGeometry) -> None:
+    empty = (grid.segments.host_offsets.diff() == 0).nonzero().flatten().tolist()
+    if empty:
+        warnings.warn(
+            f"clips {empty} have fewer than {geometry.min_frames()} frames, a patch's width, so "
+            "no token: their logits mean nothing. Pad their waveforms, or use narrower patches.",
+            stacklevel=4,
+        )
 
 
 def init_vit_weights(module: nn.Module) -> None:

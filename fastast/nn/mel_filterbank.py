@@ -187,5 +187,10 @@ def _pack(clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     shapes = [tuple(clip.shape) for clip in clips]
     if any(len(shape) != 1 for shape in shapes):
         raise ValueError(f"waveforms must be 1-D clips (one channel), got shapes {shapes}")
+    kinds = {(clip.dtype, clip.device) for clip in clips}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"waveforms must be of one dtype and device, got {sorted(map(str, kinds))}"
+        )
     offsets = torch.tensor([0] + [shape[0] for shape in shapes]).cumsum(0)
     return torch.cat(list(clips)), offsets

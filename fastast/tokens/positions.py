@@ -31,7 +31,7 @@ def _time_taps(grid: PatchGrid, width: int, stretch: bool) -> tuple[Tensor, Tens
 
 
 def _interpolate(table: Tensor, first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
-    # F.embedding rather than indexing: its backward is deterministic on every device.
+    # F.embedding rather than indexing: its eager backward is deterministic on every device.
     return torch.lerp(
         F.embedding(first, table), F.embedding(second, table), weight.to(table)[:, None]
     )

@@ -12,18 +12,18 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 def plot_curves(
-    models: dict[str, dict[str, list[dict]]], path: str | PathLike, frame_shift_ms: float = 1.0
+    models: dict[str, dict[str, list[dict]]], path: str | PathLike, frame_shift_ms: float
 ) -> None:
     """Accuracy over clip length and over time resolution, as in ElasticAST's figures 4 and 5.
 
     Args:
         models: name to what :func:`~fastast.train.evaluate_over` returned for it.
         path: of the image.
-        frame_shift_ms: the finest frame shift; 1 labels the axis with the factor on it.
+        frame_shift_ms: what the factors in ``compression`` are of.
     """
     panels = [
         (key, label)
-        for key, label in (("lengths", "clip length (s)"), ("compression", "frame shift"))
+        for key, label in (("lengths", "clip length (s)"), ("compression", "frame shift (ms)"))
         if any(rows[key] for rows in models.values())
     ]
     figure, axes = plt.subplots(
@@ -35,8 +35,6 @@ def plot_curves(
             if key == "compression":
                 at = [factor * frame_shift_ms for factor in at]
             axis.plot(at, [100 * row["accuracy"] for row in rows[key]], "o-", label=name)
-        if key == "compression":
-            label += " (times the finest)" if frame_shift_ms == 1.0 else " (ms)"
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("accuracy (%)")

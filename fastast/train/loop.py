@@ -11,9 +11,19 @@ import torch
 from torch import nn
 
 from fastast.data import AudioDataset
+from fastast.ops import hop_from_ms
+from fastast.random import random_bits
 from fastast.train.evaluate import evaluate
 from fastast.train.progress import Progress
-from fastast.train.recipe import Recipe, build_method, load_data, make_loader
+from fastast.train.recipe import (
+    Recipe,
+    TrainConfig,
+    build_filterbank,
+    build_method,
+    finest_shift,
+    load_data,
+    make_loader,
+)
 from fastast.train.run import RunDirectory
 from fastast.train.schedule import make_optimizer, warmup_cosine
 
@@ -25,24 +35,33 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-@torch.inference_mode()
 def measure_statistics(recipe: Recipe, dataset: AudioDataset, clips: int = 500) -> Recipe:
-    """Fills in ``frontend.mean`` and ``frontend.std`` from some of the clips, if missing."""
+    """Fills in ``frontend.mean`` and ``frontend.std`` from some of the clips, if missing.
+
+    Raises:
+        ValueError: only one of the two is set, or the clips hold no frame or no sound.
+    """
     front = recipe.frontend
     if front.mean is not None and front.std is not None:
         return recipe
-    probe = replace(recipe, frontend=replace(front, mean=0.0, std=0.5, fixed_seconds=None))
-    probe.model = replace(probe.model, name="elastic_ast_tiny", stride=None)
-    method = build_method(probe, 1).eval()
-    chosen = dataset.subset(torch.randperm(len(dataset))[:clips].sort().values.numpy())
+    if front.mean is not None or front.std is not None:
+        raise ValueError("set both frontend.mean and frontend.std, or neither")
+    filterbank = build_filterbank(recipe)
+    shift = hop_from_ms(finest_shift(recipe), recipe.data.sample_rate)
+    keys = random_bits(0, 0, torch.from_numpy(dataset.clip_ids), "statistics", 1)[:, 0]
     count, total, squares = 0, 0.0, 0.0
-    for batch in make_loader(probe, chosen, method.model.geometry).epoch(0):
-        frames = method.frontend(batch).frames.double()
+    for index in keys.argsort()[:clips].tolist():
+        frames = filterbank([dataset.waveform(index)], frame_shift=shift).frames.double()
         count += frames.numel()
         total += frames.sum().item()
         squares += frames.square().sum().item()
-    mean = total / count
-    std = math.sqrt(squares / count - mean**2)
+    variance = squares / count - (total / count) ** 2 if count else 0.0
+    if variance <= 0:
+        raise ValueError(
+            "the training clips are all silent or shorter than a frame; set frontend.mean and "
+            "frontend.std to train on them nevertheless"
+        )
+    mean, std = total / count, math.sqrt(variance)
     return replace(recipe, frontend=replace(front, mean=round(mean, 4), std=round(std, 4)))
 
 
@@ -82,8 +101,17 @@ def fit(
     if state is not None:
         check_same_recipe(Recipe.from_dict(state["recipe"]), recipe, run)
         recipe = Recipe.from_dict(state["recipe"])
-    torch.manual_seed(config.seed)
-    data = load_data(recipe.data, config.seed)
+    data = load_data(recipe.data)
+    identity = {
+        "class_names": data.train.class_names,
+        "train": data.train.digest(),
+        "validation": data.validation.digest() if data.validation else "",
+    }
+    if state is not None and state["data"] != identity:
+        raise ValueError(
+            f"the clips in {recipe.data.root} are not those that {run.path} was started with; "
+            "restore them, or choose another --run-dir"
+        )
     recipe = measure_statistics(recipe, data.train)
     torch.manual_seed(config.seed)
     method = build_method(recipe, len(data.train.class_names)).to(device)
@@ -109,17 +137,15 @@ def fit(
     validation = make_loader(recipe, data.validation, geometry) if data.validation else None
     train_step = torch.compile(method, fullgraph=True) if compiled else method
 
-    with Progress(run.path.name, config.epochs, quiet=quiet) as progress:
+    with Progress(run.path.name, quiet=quiet) as progress:
         for epoch in range(first_epoch, config.epochs):
-            if config.max_tokens and tokens >= config.max_tokens:
+            if share_done(config, epoch, tokens) >= 1:
                 break
             method.train()
             meter = Meter(device)
             num_batches = training.num_batches(epoch)
             for index, batch in enumerate(training.epoch(epoch)):
-                done = (epoch + index / num_batches) / config.epochs
-                if config.max_tokens:
-                    done = max(done, tokens / config.max_tokens)
+                done = share_done(config, epoch + index / num_batches, tokens)
                 if done >= 1:
                     break
                 lr = config.lr * warmup_cosine(done, config.warmup)
@@ -131,30 +157,26 @@ def fit(
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     loss = train_step(batch)["loss"]
                 loss.backward()
-                nn.utils.clip_grad_norm_(method.parameters(), config.clip_norm)
+                norm = nn.utils.clip_grad_norm_(method.parameters(), config.clip_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
-                meter.add_loss(loss.detach())
-                progress.step(epoch, (index + 1) / num_batches, meter)
+                meter.add(loss.detach(), norm)
+                progress.step(done, meter)
 
             record = {"epoch": epoch, "step": step, "tokens": tokens, "lr": lr} | meter.summary()
-            if not math.isfinite(record["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {record['loss']} in epoch {epoch}: lower train.lr or check the "
-                    f"data. The state before this epoch is in {run.checkpoint_path}; nothing of "
-                    "it is lost"
-                )
             if validation:
                 score = evaluate(method, validation, device)
                 record["validation_accuracy"] = score.accuracy
                 record["validation_loss"] = score.loss
+            check_finite(record, run)
             run.log(record)
-            progress.epoch(record)
+            progress.epoch(share_done(config, epoch + 1, tokens), record)
             run.save_model(method.model, recipe, data.train.class_names)
             run.save_checkpoint(
                 {
                     "recipe": recipe.to_dict(),
+                    "data": identity,
                     "model": method.model.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "epoch": epoch + 1,
@@ -163,6 +185,32 @@ def fit(
                 }
             )
     return method.eval()
+
+
+def share_done(config: TrainConfig, epochs: float, tokens: int) -> float:
+    """Share of a run that is over after so many epochs and tokens, whichever is nearer its end."""
+    by_tokens = tokens / config.max_tokens if config.max_tokens else 0.0
+    return min(1.0, max(epochs / config.epochs, by_tokens))
+
+
+def check_finite(record: dict, run: RunDirectory) -> None:
+    """Stops a run that has diverged, before its state replaces the last good one."""
+    bad = {
+        name: value
+        for name, value in record.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    }
+    if not bad:
+        return
+    kept = (
+        f" {run.checkpoint_path} still holds the state before it"
+        if run.checkpoint_path.exists()
+        else ""
+    )
+    found = ", ".join(f"{name} is {value}" for name, value in bad.items())
+    raise FloatingPointError(
+        f"{found} in epoch {record['epoch']}: lower train.lr or check the data.{kept}"
+    )
 
 
 def check_same_recipe(old: Recipe, new: Recipe, run: RunDirectory) -> None:
@@ -186,14 +234,14 @@ def check_same_recipe(old: Recipe, new: Recipe, run: RunDirectory) -> None:
 
 
 class Meter:
-    """Rates and loss of an epoch. The loss stays on the device until it is asked for."""
+    """Rates, loss and gradient norm of an epoch; the latter two stay on the device till asked."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.start = time.perf_counter()
         self.clips = self.tokens = self.rows = self.batches = 0
         self.seconds = 0.0
-        self.loss = torch.zeros((), device=device)
+        self.loss = self.norm = torch.zeros((), device=device)
 
     def count(self, batch) -> None:
         """Notes what a batch holds."""
@@ -202,17 +250,19 @@ class Meter:
         self.tokens += batch.num_tokens
         self.rows += batch.grid.num_rows
 
-    def add_loss(self, loss: torch.Tensor) -> None:
-        """Notes the loss of a step."""
+    def add(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Notes the loss of a step and the norm of its gradient before clipping."""
         self.loss = self.loss + loss
+        self.norm = self.norm + norm
         self.batches += 1
 
     def summary(self) -> dict:
         """The epoch in numbers. Waits for the device."""
-        loss = self.loss.item() / max(self.batches, 1)
+        loss, norm = (x.item() / max(self.batches, 1) for x in (self.loss, self.norm))
         elapsed = time.perf_counter() - self.start
         summary = {
             "loss": loss,
+            "gradient_norm": norm,
             "seconds": elapsed,
             "clips_per_s": self.clips / elapsed,
             "tokens_per_s": self.tokens / elapsed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 
 import torch
@@ -24,13 +25,15 @@ def predict_files(
 
     Args:
         method, recipe: from :func:`~fastast.train.load_model`.
-        files: of any lengths, formats and sample rates; they share batches.
+        files: of any lengths, formats and sample rates; they share batches. A file counts whole,
+            whatever ``data.max_seconds`` was in training; a model of fixed input size reads the
+            beginning of it.
         device: of the method.
 
     Raises:
         AudioError: a file is missing or cannot be decoded.
-        ValueError: a file has more tokens than a batch of the recipe.
     """
+    recipe = replace(recipe, data=replace(recipe.data, max_seconds=None))
     dataset = AudioDataset(files, [0] * len(files), ["?"], recipe.data.sample_rate)
     found: list[Tensor] = [torch.empty(0)] * len(files)
     for batch in make_loader(recipe, dataset, method.model.geometry).epoch(0):

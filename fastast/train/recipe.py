@@ -21,14 +21,15 @@ class DataConfig:
     """Where the clips come from.
 
     Args:
-        root: folder of the data. With ``train`` and ``test`` folders inside, those are the
-            splits; else a share of the clips is set aside for testing.
+        root: folder of the data. With ``train`` and ``test`` folders inside (and maybe
+            ``validation``), those are the splits; else a share of the clips is set aside.
         kind: ``folder`` (a folder per class) or ``fsdd`` (the Free Spoken Digit Dataset).
         task: of FSDD: which label to learn.
         leave_out: of FSDD: the speaker to test on, instead of the official split.
         sample_rate: in Hz; clips of other rates are resampled.
         validation: share of the training clips to validate on, in [0, 1).
         test: share of the clips to test on, where the data has no split of its own.
+        split_seed: of those shares; it is not the run's seed, so that runs can be compared.
         max_seconds: use only the beginning of longer clips.
     """
 
@@ -39,6 +40,7 @@ class DataConfig:
     sample_rate: int = 16000
     validation: float = 0.1
     test: float = 0.1
+    split_seed: int = 0
     max_seconds: float | None = 30.0
 
 
@@ -169,31 +171,50 @@ class Splits:
     test: AudioDataset
 
 
-def load_data(config: DataConfig, seed: int) -> Splits:
+def load_data(config: DataConfig) -> Splits:
     """Finds the clips of a recipe and splits them.
 
     Raises:
-        ValueError: the folder is missing, or holds no clips.
+        ValueError: the folder is missing, holds no clips, or is half a split.
     """
     root = Path(config.root)
+    validation = None
     if config.kind == "fsdd":
         train, test = (
             fsdd(root, config.task, split, config.leave_out, sample_rate=config.sample_rate)
             for split in ("train", "test")
         )
-    elif (root / "train").is_dir() and (root / "test").is_dir():
-        train = AudioDataset.from_folder(root / "train", config.sample_rate)
-        test = AudioDataset.from_folder(root / "test", config.sample_rate)
-        if train.class_names != test.class_names:
-            raise ValueError(
-                f"{root}/train and {root}/test have different classes: "
-                f"{sorted(set(train.class_names) ^ set(test.class_names))}"
-            )
+    elif (root / "train").is_dir() or (root / "test").is_dir():
+        parts = {
+            name: AudioDataset.from_folder(root / name, config.sample_rate)
+            for name in ("train", "test", "validation")
+            if name != "validation" or (root / name).is_dir()
+        }
+        train, test, validation = parts["train"], parts["test"], parts.get("validation")
+        for name, part in parts.items():
+            if part.class_names != train.class_names:
+                raise ValueError(
+                    f"{root}/train and {root}/{name} have different classes: "
+                    f"{sorted(set(train.class_names) ^ set(part.class_names))}"
+                )
     else:
-        train, test = AudioDataset.from_folder(root, config.sample_rate).split(config.test, seed)
-    if not config.validation:
-        return Splits(train, None, test)
-    return Splits(*train.split(config.validation, seed), test)
+        everything = AudioDataset.from_folder(root, config.sample_rate)
+        train, test = everything.split(config.test, config.split_seed)
+    if validation is None and config.validation:
+        train, validation = train.split(config.validation, config.split_seed)
+    return Splits(train, validation, test)
+
+
+def build_filterbank(recipe: Recipe) -> MelFilterbank:
+    """The filterbank of a recipe."""
+    front = recipe.frontend
+    return MelFilterbank(
+        recipe.data.sample_rate,
+        front.num_mels,
+        frame_length_ms=front.frame_length_ms,
+        mean=front.mean,
+        std=front.std,
+    )
 
 
 def build_method(recipe: Recipe, num_classes: int) -> Supervised:
@@ -202,28 +223,20 @@ def build_method(recipe: Recipe, num_classes: int) -> Supervised:
     Raises:
         ValueError: settings that do not fit together; the message names them.
     """
-    front, data = recipe.frontend, recipe.data
+    front, name = recipe.frontend, recipe.model.name
     if front.mean is None or front.std is None:
         raise ValueError("frontend.mean and frontend.std are not set; measure them first")
     settings = {k: v for k, v in asdict(recipe.model).items() if v is not None and k != "name"}
-    if recipe.model.name.startswith("ast_"):
+    if name.startswith("ast_"):
         if front.fixed_seconds is None:
-            raise ValueError(
-                f"{recipe.model.name} has a fixed input length: set frontend.fixed_seconds"
-            )
-        settings["input_frames"] = fixed_frames(recipe, front.fixed_seconds, front.frame_shift_ms)
-    model = create_model(
-        recipe.model.name, num_classes=num_classes, num_mels=front.num_mels, **settings
-    )
-    filterbank = MelFilterbank(
-        data.sample_rate,
-        front.num_mels,
-        frame_length_ms=front.frame_length_ms,
-        mean=front.mean,
-        std=front.std,
-    )
+            raise ValueError(f"{name} has a fixed input length: set frontend.fixed_seconds")
+        settings["input_frames"] = fixed_frames(recipe, front.fixed_seconds, finest_shift(recipe))
+    try:
+        model = create_model(name, num_classes=num_classes, num_mels=front.num_mels, **settings)
+    except TypeError as error:  # such as "got an unexpected keyword argument 'stride'"
+        raise ValueError(f"model: {name} does not take these settings: {error}") from error
     frontend = MelFrontend(
-        filterbank,
+        build_filterbank(recipe),
         gain_db=front.gain_db,
         freq_mask=front.freq_mask,
         time_mask=front.time_mask,
@@ -232,16 +245,21 @@ def build_method(recipe: Recipe, num_classes: int) -> Supervised:
     return Supervised(model, frontend, label_smoothing=recipe.train.label_smoothing)
 
 
-def window_samples(recipe: Recipe) -> int:
-    """Samples of a frame."""
-    return int(recipe.data.sample_rate * recipe.frontend.frame_length_ms * 0.001)
+def finest_shift(recipe: Recipe) -> float:
+    """The finest frame shift that the recipe trains at, in milliseconds."""
+    return mixed_frame_shifts(recipe.frontend.frame_shift_ms, [min(recipe.frontend.compression)])[0]
 
 
 def fixed_frames(recipe: Recipe, seconds: float, frame_shift_ms: float) -> int:
     """Frames of a clip of so many seconds."""
     rate = recipe.data.sample_rate
     shift = hop_from_ms(frame_shift_ms, rate)
-    return int(frame_counts(round(seconds * rate), window_samples(recipe), shift))
+    return int(frame_counts(int(seconds * rate), window_length(recipe), shift))
+
+
+def window_length(recipe: Recipe) -> int:
+    """Samples of a frame."""
+    return hop_from_ms(recipe.frontend.frame_length_ms, recipe.data.sample_rate)
 
 
 def make_loader(
@@ -251,7 +269,7 @@ def make_loader(
     *,
     training: bool = False,
     seconds: float | None = None,
-    compression: float = 1.0,
+    compression: float | None = None,
     fixed_shapes: bool = False,
     pin_memory: bool = False,
 ) -> PackedLoader:
@@ -263,13 +281,17 @@ def make_loader(
         geometry: of the model's patches.
         training: shuffle, mix the resolutions and drop tokens as the recipe says. Otherwise
             clips come in order, at one resolution, whole.
-        seconds: cut clips to this length; where the recipe fixes the input size, fix it to this.
-        compression: factor on the finest frame shift, if not training.
+        seconds: cut clips to this length instead of ``data.max_seconds``; where the recipe fixes
+            the input size, fix it to this.
+        compression: factor on ``frontend.frame_shift_ms``, if not training. Default: the least
+            that the recipe trains at.
         fixed_shapes: give all batches the same shapes.
         pin_memory: page-lock the batches, for asynchronous copies to a GPU.
     """
     front, train = recipe.frontend, recipe.train
-    rates = front.compression if training else [compression]
+    rates = front.compression
+    if not training:
+        rates = [min(rates) if compression is None else compression]
     shifts = mixed_frame_shifts(front.frame_shift_ms, rates)
     dense_frames = None
     if front.fixed_seconds is not None:
@@ -279,19 +301,20 @@ def make_loader(
                 "a fixed input size has one time resolution"
             )
         dense_frames = fixed_frames(recipe, seconds or front.fixed_seconds, shifts[0])
-    limits = [limit for limit in (seconds, recipe.data.max_seconds) if limit is not None]
+    limit = recipe.data.max_seconds if seconds is None else seconds
     tokens = train.batch_tokens
     if not training:  # whatever was trained on, any clip can be evaluated
         longest = max(dataset.lengths) / recipe.data.sample_rate
-        frames = dense_frames or fixed_frames(recipe, min([longest, *limits]), shifts[0])
+        longest = longest if limit is None else min(longest, limit)
+        frames = dense_frames or fixed_frames(recipe, longest, shifts[0])
         tokens = max(tokens, geometry.num_tokens(max(frames, geometry.min_frames())))
     return PackedLoader(
         dataset,
         geometry,
         budget=TokenBudget(tokens, train.batch_clips, tokens),
-        window=window_samples(recipe),
+        window=window_length(recipe),
         frame_shift_ms=shifts,
-        max_seconds=min(limits, default=None),
+        max_seconds=limit,
         dense_frames=dense_frames,
         token_drop=train.token_drop if training else 0.0,
         shuffle=training,

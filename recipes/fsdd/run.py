@@ -75,7 +75,7 @@ def measure(experiment: Experiment, root: Path, runs: Path) -> dict:
 
     method, recipe, _ = load_model(runs / experiment.name)
     recipe.data.root = str(root)
-    test = load_data(recipe.data, recipe.train.seed).test
+    test = load_data(recipe.data).test
     rows = evaluate_over(method, recipe, test, compression=COMPRESSION)["compression"]
     records = RunDirectory(runs / experiment.name).metrics()
     return asdict(experiment) | {

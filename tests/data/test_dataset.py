@@ -6,6 +6,7 @@ import torch
 from fastast.data import AudioDataset, AudioError
 from fastast.data.dataset import CACHE_BYTES
 from tests.data.helpers import RATE, tone
+from tests.testing import write_tone
 
 
 def write(path, samples=800, rate=RATE):
@@ -101,3 +102,33 @@ def test_split_leaves_something_on_both_sides(tones):
         tones.split(0.01)
     with pytest.raises(ValueError, match="between 0 and 1"):
         tones.split(1.0)
+
+
+def test_new_files_do_not_reshuffle_a_split(tmp_path):
+    """Else clips that were trained on would turn up in the test set."""
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for index in range(1, 31):
+            write_tone(tmp_path / label / f"{index:02}.wav", 400, 0.1)
+    before = AudioDataset.from_folder(tmp_path, 8000).split(0.2)
+    write_tone(tmp_path / "a" / "00.wav", 400, 0.1)
+    after = AudioDataset.from_folder(tmp_path, 8000).split(0.2)
+    for old, new in zip(before, after, strict=True):
+        assert len(set(old.names) - set(new.names)) <= 1  # a fifth of 31 rounds to 6 as well
+
+
+def test_hidden_files_are_passed_over(tmp_path):
+    (tmp_path / "a").mkdir()
+    write_tone(tmp_path / "a" / "x.wav", 400, 0.1)
+    (tmp_path / "a" / "._x.wav").write_bytes(b"resource fork")
+    assert AudioDataset.from_folder(tmp_path, 8000).names == ["a/x.wav"]
+
+
+def test_digest_tells_data_sets_apart(tmp_path):
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        write_tone(tmp_path / label / "x.wav", 400, 0.1)
+    first = AudioDataset.from_folder(tmp_path, 8000).digest()
+    assert AudioDataset.from_folder(tmp_path, 8000).digest() == first
+    (tmp_path / "a").rename(tmp_path / "c")
+    assert AudioDataset.from_folder(tmp_path, 8000).digest() != first

@@ -61,3 +61,12 @@ def test_wrong_family_says_so(golden):
         from_reference(fixture.state_dict(), "ast")
     with pytest.raises(ValueError, match="family must be one of"):
         from_reference({}, "resnet")
+
+
+def test_damaged_weights_say_so(golden):
+    weights = golden("elastic_d192_l12_c35_s5").state_dict()
+    weights["module.head.bias"] = weights["module.head.bias"][:3]
+    with pytest.raises(ValueError, match="does not fit the elastic_ast family"):
+        from_reference(weights, "elastic_ast")
+    with pytest.raises(ValueError, match="is it of the ast family"):
+        from_reference({"v.patch_embed.proj.weight": torch.zeros(8, 1, 16, 16)}, "ast")

@@ -11,7 +11,7 @@ from tests.testing import poisoned_memory
 
 @pytest.fixture
 def setting(recipe):
-    data = load_data(recipe.data, 0).train
+    data = load_data(recipe.data).train
     recipe.frontend.freq_mask = 8
     recipe = measure_statistics(recipe, data)
     torch.manual_seed(0)

@@ -1,11 +1,20 @@
 """Training runs: they learn, they resume bit for bit, and they lose nothing."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
-from fastast.train import RunDirectory, evaluate_over, fit, load_data, load_model
+from fastast.train import (
+    RunDirectory,
+    build_method,
+    evaluate_over,
+    fit,
+    load_data,
+    load_model,
+    make_loader,
+)
 from fastast.train.run import write_atomically
 
 
@@ -28,7 +37,7 @@ def test_learns_and_can_be_used(recipe, tmp_path):
     method, loaded, class_names = load_model(tmp_path / "run")
     assert class_names == ["high", "low"]
     assert loaded.frontend.std > 0  # measured, and kept with the weights
-    test = load_data(loaded.data, loaded.train.seed).test
+    test = load_data(loaded.data).test
     rows = evaluate_over(method, loaded, test, lengths=[0.3, 0.9], compression=[1.0, 2.0])
     assert [row["at"] for row in rows["lengths"]] == [0.3, 0.9]
     assert all(row["clips"] == len(test) for part in rows.values() for row in part)
@@ -94,7 +103,7 @@ def test_fixed_length_ast(recipe, tmp_path):
     recipe.model = replace(recipe.model, name="ast_tiny", stride=(8, 8), max_time_patches=None)
     fit(with_train(recipe, epochs=1), tmp_path, quiet=True)
     method, loaded, _ = load_model(tmp_path)
-    test = load_data(loaded.data, loaded.train.seed).test
+    test = load_data(loaded.data).test
     rows = evaluate_over(method, loaded, test, lengths=[0.3, 0.5], compression=[2.0])
     grid = method.model.geometry
     # 0.3 s are 28 frames of 10 ms and 25 ms width; every clip takes as many tokens, and a table
@@ -126,6 +135,49 @@ def test_bf16_and_compile(recipe, tmp_path):
     }
     assert loss["bf16"] == pytest.approx(loss["eager"], rel=0.02)
     assert loss["compiled"] == pytest.approx(loss["eager"], rel=1e-4)
+
+
+def test_a_diverged_state_does_not_replace_the_last_good_one(recipe, tmp_path, monkeypatch):
+    """An infinite gradient in an epoch's last step leaves the losses finite, not the weights."""
+    fit(with_train(recipe, epochs=1), tmp_path, quiet=True)
+    good = RunDirectory(tmp_path).load_checkpoint()
+    good["recipe"]["train"]["epochs"] = 2
+    RunDirectory(tmp_path).save_checkpoint(good)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(torch.inf))
+    with pytest.raises(FloatingPointError, match=r"gradient_norm is inf.*still holds the state"):
+        fit(with_train(recipe, epochs=2), tmp_path, resume=True, quiet=True)
+    assert RunDirectory(tmp_path).load_checkpoint()["epoch"] == 1
+
+
+def test_other_data_is_not_resumed_on(recipe, tones, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(tones, root)
+    recipe.data = replace(recipe.data, root=str(root))
+    fit(with_train(recipe, epochs=1), tmp_path / "run", quiet=True)
+    (root / "high").rename(root / "zzz")
+    with pytest.raises(ValueError, match="are not those that"):
+        fit(with_train(recipe, epochs=1), tmp_path / "run", resume=True, quiet=True)
+
+
+def test_half_a_split_is_refused(recipe, tones, tmp_path):
+    shutil.copytree(tones, tmp_path / "train")
+    recipe.data = replace(recipe.data, root=str(tmp_path))
+    with pytest.raises(ValueError, match="test is not a folder"):
+        load_data(recipe.data)
+
+
+def test_evaluates_at_the_finest_resolution_that_was_trained(recipe, tones):
+    recipe.frontend = replace(recipe.frontend, compression=[2.0, 3.0], mean=0.0, std=1.0)
+    data = load_data(recipe.data).test
+    loader = make_loader(recipe, data, build_method(recipe, 2).model.geometry)
+    assert set(next(loader.epoch(0)).frame_shift.tolist()) == {160}
+
+
+def test_settings_of_another_model_say_so(recipe):
+    recipe.frontend = replace(recipe.frontend, mean=0.0, std=1.0)
+    recipe.model = replace(recipe.model, stride=(8, 8))
+    with pytest.raises(ValueError, match="elastic_ast_tiny does not take.*stride"):
+        build_method(recipe, 2)
 
 
 @pytest.mark.parametrize("damage", ["cut", "noise"])
