@@ -48,7 +48,7 @@ help:  ## show this list
 
 install: $(READY)  ## environment, pinned packages and native build, in .venv
 
-demo: $(READY)  ## train and compare on real speech; DATA=folder for your own
+demo: $(READY)  ## train two models on generated sounds and compare them; DATA=folder for your own
 	$(PYTHON) recipes/demo/run.py $(if $(DATA),--data $(DATA))
 
 test: $(READY)  ## all tests that this machine can run

@@ -14,8 +14,8 @@ every batch.
 Two rules that everything above relies on:
 
 *Tensors only.* What a traced function sees of a ``Segments`` is tensors plus one bound that
-takes few values. Fifty ragged batches then compile once; lengths held as Python integers would
-compile anew for almost every batch.
+takes few values. Ragged batches of one budget then compile once; lengths held as Python integers
+would compile anew for almost every batch.
 
 *Capacity.* A stream may have more rows than its clips fill. Every operation writes zeros to those
 dead rows, forward and backward, whatever its input holds there. Empty segments are legal

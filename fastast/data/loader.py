@@ -43,7 +43,6 @@ class PackedLoader:
             (mixed-resolution training, ElasticAST section 3.4): see
             :func:`~fastast.data.mixed_frame_shifts`.
         max_seconds: keep only the beginning of longer clips.
-        max_frames: the same, in frames at the clip's own frame shift.
         dense_frames: for models of fixed input length: cut all clips to so many frames, and have
             the spectrograms of shorter ones padded to it (:attr:`Batch.dense_frames`). Batches
             then have as many clips as the budget holds, and no dead rows when they are full.
@@ -70,7 +69,6 @@ class PackedLoader:
         window: int,
         frame_shift_ms: float | Sequence[float] = 10.0,
         max_seconds: float | None = None,
-        max_frames: int | None = None,
         dense_frames: int | None = None,
         token_drop: float = 0.0,
         shuffle: bool = True,
@@ -84,7 +82,6 @@ class PackedLoader:
         self.budget = budget
         self.window = window
         self.max_seconds = max_seconds
-        self.max_frames = max_frames
         self.dense_frames = dense_frames
         self.token_drop = token_drop
         self.shuffle = shuffle
@@ -97,11 +94,11 @@ class PackedLoader:
             raise ValueError(f"token_drop must lie in [0, 1), got {token_drop}")
         if max_seconds is not None and max_seconds <= 0:
             raise ValueError(f"max_seconds must be positive, got {max_seconds}")
-        for name, frames in (("max_frames", max_frames), ("dense_frames", dense_frames)):
-            if frames is not None and frames < geometry.min_frames():
-                raise ValueError(
-                    f"{name} ({frames}) is less than a patch ({geometry.min_frames()} frames)"
-                )
+        if dense_frames is not None and dense_frames < geometry.min_frames():
+            raise ValueError(
+                f"dense_frames ({dense_frames}) is less than a patch "
+                f"({geometry.min_frames()} frames)"
+            )
         if prefetch < 1:
             raise ValueError(f"prefetch must be at least 1 batch, got {prefetch}")
 
@@ -164,9 +161,9 @@ class PackedLoader:
         samples = self.dataset.lengths
         if self.max_seconds is not None:
             samples = np.minimum(samples, int(self.max_seconds * self.dataset.sample_rate))
-        for frames in (self.max_frames, self.dense_frames):
-            if frames is not None:
-                samples = np.minimum(samples, samples_for(frames, self.window, frame_shift))
+        if self.dense_frames is not None:
+            most = samples_for(self.dense_frames, self.window, frame_shift)
+            samples = np.minimum(samples, most)
         return samples
 
     def _num_patches(self, num_samples: np.ndarray, frame_shift: np.ndarray | int) -> np.ndarray:
@@ -217,7 +214,7 @@ class PackedLoader:
             raise ValueError(
                 f"{self.dataset.paths[longest]} has {tokens[longest]} tokens but the budget allows "
                 f"{self.budget.max_length}; raise TokenBudget.max_length, or cut clips with "
-                "max_seconds or max_frames"
+                "max_seconds"
             )
 
     def _load(self, plan: _Plan, rows: np.ndarray) -> Batch:

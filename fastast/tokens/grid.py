@@ -115,7 +115,7 @@ class PatchGeometry:
             patch = np.concatenate(keep) if keep else np.zeros(0, np.int64)
 
         prefix = np.where(counts > 0, self.prefix, 0)
-        segments = Segments.from_lengths((counts + prefix)[: len(lengths)], budget)
+        segments = Segments.from_lengths(counts + prefix, budget)
         rows = budget.tokens if budget else int((counts + prefix).sum())
 
         # One row of the table per token: prefix rows keep -1 in `freq`.

@@ -133,13 +133,6 @@ def test_max_seconds_keeps_the_beginning(tones):
         assert samples[:kept] == tones.waveform(clip)[:kept].tolist()
 
 
-def test_max_frames_is_counted_at_the_clips_own_resolution(tones):
-    for batch in make(tones, max_frames=20, frame_shift_ms=MIXED).epoch(0):
-        frames = batch.frames.lengths
-        full = 1 + (torch.from_numpy(tones.lengths)[batch.clip_ids] - WINDOW) // batch.frame_shift
-        assert torch.equal(frames.long(), full.clamp(8, 20))
-
-
 @pytest.mark.parametrize("token_drop", [0.0, 0.5])
 @pytest.mark.parametrize("fixed_shapes", [False, True])
 def test_dense_frames(tones, fixed_shapes, token_drop):
@@ -205,12 +198,10 @@ def test_arguments_are_checked(tones):
     longest = tones.paths[int(tones.lengths.argmax())].name
     with pytest.raises(ValueError, match=f"{longest} has .* tokens but the budget allows 8"):
         make(tones, budget=TokenBudget(200, 8, 8))
-    make(tones, budget=TokenBudget(200, 8, 8), max_frames=23)
     for wrong, message in (
         ({"window": 0}, "window"),
         ({"token_drop": 1.0}, "token_drop"),
         ({"max_seconds": 0.0}, "max_seconds"),
-        ({"max_frames": 7}, "less than a patch"),
         ({"dense_frames": 7}, "less than a patch"),
         ({"dense_frames": 160}, "dense_frames=160 has 80 tokens but the budget allows 64"),
         ({"prefetch": 0}, "prefetch"),
