@@ -51,7 +51,7 @@ def gain_jitter(
     draw = random_uniform(seed, epoch, clip_ids, "gain", 1)[:, 0]
     gain = 10.0 ** ((2.0 * draw - 1.0) * (max_db / 20.0))
     # One segment more, for the samples past the last clip. (32-bit indices and `index_select`, as
-    # this is bound by memory: four times as fast as `gain[clip]` on CPUs.)
+    # this is bound by memory, and faster than `gain[clip]` on CPUs.)
     lengths = torch.cat([sample_offsets, sample_offsets.new_full((1,), num_samples)]).diff()
     clip = torch.repeat_interleave(lengths.int(), output_size=num_samples)
     scaled = waveforms * F.pad(gain, (0, 1)).to(waveforms.dtype).index_select(0, clip)

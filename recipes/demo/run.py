@@ -28,7 +28,7 @@ from fastast.train import Recipe, evaluate_over, fit, load_data, load_model
 from fastast.train.figures import plot_curves
 
 HERE = Path(__file__).resolve().parent
-MODELS = {"ElasticAST, native lengths": "elastic_ast", "AST, fixed at 2 s": "ast"}
+MODELS = {"ElasticAST, native lengths": "elastic_ast", "AST, fixed at 1 s": "ast"}
 LENGTHS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
 FRAME_SHIFT_MS = 10.0
 COMPRESSION = (1.0, 1.4, 2.0, 2.6, 3.2, 4.0)
