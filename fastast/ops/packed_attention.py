@@ -199,9 +199,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     rows, heads, dim = q.shape
     q, k, v = (_dense_channels(x) for x in (q, k, v))
+    runs = equal_runs(host_offsets)
+    if len(runs) == 1 and runs[0].count * runs[0].length == rows:
+        # One dense batch, as of a model of fixed input size: its result is ours, uncopied.
+        out, lse = _dense_forward(*(_as_run(x, runs[0]) for x in (q, k, v)), scale)
+        return out.transpose(1, 2).flatten(0, 1).contiguous(), lse.transpose(0, 1).flatten(1)
     out = q.new_empty(rows, heads, dim)
     lse = q.new_empty(heads, rows, dtype=_lse_dtype(q))
-    for run in equal_runs(host_offsets):
+    for run in runs:
         run_out, run_lse = _dense_forward(*(_as_run(x, run) for x in (q, k, v)), scale)
         _as_run(out, run).copy_(run_out)
         _lse_run(lse, run).copy_(run_lse)
