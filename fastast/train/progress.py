@@ -74,7 +74,7 @@ class Progress:
         )
         if "validation_accuracy" in record:
             line += f"  validation {record['validation_accuracy']:.1%}"
-        self.console.print(line, highlight=False)
+        self.console.print(line, highlight=False, soft_wrap=True)
 
 
 def _rates(summary: dict) -> str:
