@@ -99,8 +99,9 @@ def fit(
 
     state = run.load_checkpoint() if resumed else None
     if state is not None:
-        check_same_recipe(Recipe.from_dict(state["recipe"]), recipe, run)
-        recipe = Recipe.from_dict(state["recipe"])
+        started = Recipe.from_dict(state["recipe"])
+        check_same_recipe(started, recipe, run)
+        recipe = replace(recipe, frontend=started.frontend)  # with the statistics measured then
     data = load_data(recipe.data)
     identity = {
         "class_names": data.train.class_names,
@@ -214,7 +215,11 @@ def check_finite(record: dict, run: RunDirectory) -> None:
 
 
 def check_same_recipe(old: Recipe, new: Recipe, run: RunDirectory) -> None:
-    """Rejects resuming a run under settings that it was not started with."""
+    """Rejects resuming a run under settings that it was not started with.
+
+    The device and the place of the data may be others; that the clips are the same is checked
+    by their digest.
+    """
     if new.frontend.mean is None or new.frontend.std is None:  # measured when the run began
         new = replace(
             new, frontend=replace(new.frontend, mean=old.frontend.mean, std=old.frontend.std)
@@ -224,7 +229,8 @@ def check_same_recipe(old: Recipe, new: Recipe, run: RunDirectory) -> None:
         f"{part}.{name}: {before[part][name]} -> {after[part][name]}"
         for part in before
         for name in before[part]
-        if before[part][name] != after[part][name] and (part, name) != ("train", "device")
+        if before[part][name] != after[part][name]
+        and (part, name) not in (("train", "device"), ("data", "root"))
     ]
     if changed:
         raise ValueError(

@@ -159,6 +159,13 @@ def test_other_data_is_not_resumed_on(recipe, tones, tmp_path):
         fit(with_train(recipe, epochs=1), tmp_path / "run", resume=True, quiet=True)
 
 
+def test_moved_data_is_resumed_on(recipe, tones, tmp_path):
+    fit(with_train(recipe, epochs=1), tmp_path / "run", quiet=True)
+    shutil.copytree(tones, tmp_path / "moved")
+    recipe.data = replace(recipe.data, root=str(tmp_path / "moved"))
+    fit(with_train(recipe, epochs=1), tmp_path / "run", resume=True, quiet=True)
+
+
 def test_half_a_split_is_refused(recipe, tones, tmp_path):
     shutil.copytree(tones, tmp_path / "train")
     recipe.data = replace(recipe.data, root=str(tmp_path))
