@@ -45,6 +45,7 @@ def main() -> None:
     options = parser.parse_args()
 
     started = time.perf_counter()
+    options.run_dir.mkdir(parents=True, exist_ok=True)
     root = options.data
     if root is None:
         root = options.run_dir / "sounds"
