@@ -9,8 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Everything else is imported inside the commands, so that --help answers at once and `doctor` can
-# say what is missing.
+# What only some commands need is imported inside them, so that `doctor` can say what is missing.
 EXTRAS = ("jsonargparse", "matplotlib", "rich", "safetensors", "soundfile", "soxr", "yaml")
 
 

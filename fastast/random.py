@@ -20,8 +20,8 @@ _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
-@torch.compiler.assume_constant_result
-def _purpose_key(purpose: str) -> int:
+def purpose_key(purpose: str) -> int:
+    """The number that stands for a purpose. Compiled code needs it beforehand, as a constant."""
     return zlib.crc32(purpose.encode())
 
 
@@ -36,7 +36,9 @@ def _splitmix64(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def random_bits(seed: int, epoch: int | Tensor, clips: Tensor, purpose: str, draws: int) -> Tensor:
+def random_bits(
+    seed: int, epoch: int | Tensor, clips: Tensor, purpose: str | int, draws: int
+) -> Tensor:
     """Hashes the keys to int64 ``[len(clips), draws]``, uniform over all 64-bit patterns.
 
     Args:
@@ -44,18 +46,20 @@ def random_bits(seed: int, epoch: int | Tensor, clips: Tensor, purpose: str, dra
         epoch: of the training; the same clip draws anew in each. A tensor works as well, so
             that a compiled step need not be recompiled for every epoch.
         clips: int64 ``[S]``, stable identifiers of the clips (their index in the dataset).
-        purpose: what the numbers are for, such as ``"gain"``; different purposes are independent.
+        purpose: what the numbers are for, such as ``"gain"``, or its :func:`purpose_key`; different
+            purposes are independent.
         draws: how many numbers per clip.
     """
+    purpose = purpose_key(purpose) if isinstance(purpose, str) else purpose
     state = torch.full_like(clips, seed, dtype=torch.int64)
-    for key in (_purpose_key(purpose), epoch, clips):
+    for key in (purpose, epoch, clips):
         state = _splitmix64(state ^ key)
     index = torch.arange(draws, device=clips.device, dtype=torch.int64)
     return _splitmix64(_splitmix64(state[:, None]) ^ index)
 
 
 def random_uniform(
-    seed: int, epoch: int | Tensor, clips: Tensor, purpose: str, draws: int
+    seed: int, epoch: int | Tensor, clips: Tensor, purpose: str | int, draws: int
 ) -> Tensor:
     """Uniform numbers in [0, 1): float32 ``[len(clips), draws]``. Arguments: `random_bits`."""
     bits = random_bits(seed, epoch, clips, purpose, draws)

@@ -12,8 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastast.ops.mel_filterbank import INT16_SCALE
-from fastast.random import random_uniform
+from fastast.random import purpose_key, random_uniform
 from fastast.segments import Spectrograms
+
+_GAIN = purpose_key("gain")
+_FREQUENCY_MASK = purpose_key("frequency mask")
+_TIME_MASK = purpose_key("time mask")
 
 
 def gain_jitter(
@@ -48,7 +52,7 @@ def gain_jitter(
     if waveforms.dtype == torch.int16:
         waveforms = waveforms.to(torch.float32) * INT16_SCALE
     num_samples = waveforms.shape[0]
-    draw = random_uniform(seed, epoch, clip_ids, "gain", 1)[:, 0]
+    draw = random_uniform(seed, epoch, clip_ids, _GAIN, 1)[:, 0]
     gain = 10.0 ** ((2.0 * draw - 1.0) * (max_db / 20.0))
     # One segment more, for the samples past the last clip. (32-bit indices and `index_select`, as
     # this is bound by memory, and faster than `gain[clip]` on CPUs.)
@@ -119,7 +123,7 @@ def spec_augment(
     num_rows, num_mels = frames.shape
 
     bins = torch.full_like(segments.lengths, num_mels)
-    draws = random_uniform(seed, epoch, clip_ids, "frequency mask", 2 * num_freq_masks)
+    draws = random_uniform(seed, epoch, clip_ids, _FREQUENCY_MASK, 2 * num_freq_masks)
     freq_begin, freq_end = _intervals(draws, bins, torch.full_like(bins, freq_mask))
     in_band = _covered(torch.arange(num_mels, device=frames.device), freq_begin, freq_end)
 
@@ -127,7 +131,7 @@ def spec_augment(
     limit = torch.full_like(lengths, time_mask)
     if reference_frames is not None:
         limit = limit * lengths // reference_frames
-    draws = random_uniform(seed, epoch, clip_ids, "time mask", 2 * num_time_masks)
+    draws = random_uniform(seed, epoch, clip_ids, _TIME_MASK, 2 * num_time_masks)
     time_begin, time_end = _intervals(draws, lengths, limit)
 
     # Dead rows read the last clip's masks, to no effect.
