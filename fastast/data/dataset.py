@@ -133,10 +133,6 @@ class AudioDataset:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def num_samples(self, index: int) -> int:
-        """Samples of ``waveform(index)``, known without decoding."""
-        return int(self.lengths[index])
-
     def waveform(self, index: int) -> Tensor:
         """The decoded clip, int16 ``[samples]``. May be the cached tensor: do not write to it.
 

@@ -118,7 +118,7 @@ class PatchGeometry:
         segments = Segments.from_lengths(counts + prefix, budget)
         rows = budget.tokens if budget else int((counts + prefix).sum())
 
-        # One row of the table per token: prefix rows keep -1 in `freq`.
+        # One row of the table per token. What does not apply to a prefix or dead row stays 0.
         table = np.zeros((5, rows), np.int32)
         first_frame, freq, time, clip_width, prefix_id = table
         clip = np.repeat(np.arange(len(lengths)), counts)

@@ -65,7 +65,7 @@ def evaluate_over(
         method, recipe: from :func:`~fastast.train.load_model`.
         dataset: the clips.
         lengths: in seconds.
-        compression: factors on the recipe's finest frame shift.
+        compression: factors on ``frontend.frame_shift_ms``.
         device: of the method.
 
     Returns:

@@ -27,7 +27,7 @@ def test_from_folder(tmp_path):
     assert dataset.labels.tolist() == [0, 0, 1, 1]
     assert dataset.lengths.tolist() == [1000, 800, 800, 1000]
     for index in range(len(dataset)):
-        assert len(dataset.waveform(index)) == dataset.num_samples(index)
+        assert len(dataset.waveform(index)) == dataset.lengths[index]
 
 
 def test_from_folder_errors(tmp_path):
@@ -60,7 +60,7 @@ def test_subset_keeps_ids_and_clips(tones):
     assert part.paths == [tones.paths[3], tones.paths[7]]
     assert part.labels.tolist() == tones.labels[[3, 7]].tolist()
     assert torch.equal(part.waveform(1), tones.waveform(7))
-    assert part.num_samples(1) == tones.num_samples(7)
+    assert part.lengths[1] == tones.lengths[7]
     with pytest.raises(ValueError, match="indices is empty"):
         tones.subset([])
 

@@ -21,7 +21,7 @@ def test_official_split(root, task, classes):
         digit, speaker, take = test.paths[index].stem.split("_")
         assert int(take) < 5
         assert test.class_names[test.labels[index]] == (digit if task == "digit" else speaker)
-        assert len(test.waveform(index)) == test.num_samples(index)
+        assert len(test.waveform(index)) == test.lengths[index]
 
 
 def test_leave_one_speaker_out(root):
