@@ -56,8 +56,8 @@ def main() -> None:
         for name in MODELS.values():
             shutil.rmtree(options.run_dir / name, ignore_errors=True)
     (options.run_dir / "demo.json").write_text("{}\n")
-    # The two models train side by side, each on one core: at this size a second thread on one
-    # model is of little use.
+    # The two models train side by side, each on one core: at this size a second thread makes a
+    # step only about a seventh faster.
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         runs = [
             pool.submit(train_and_evaluate, name, root, options.run_dir, options.tokens)
