@@ -30,6 +30,27 @@ and nothing that is recomputed. Rates divide our FLOPs, and the bytes of our inp
 gradients, by our time. A blank was not measured.
 """
 
+PACKING = """\
+## Packing
+
+Which clips share a batch of 24,576 tokens, planned for an epoch from lengths drawn like those of
+VoxCeleb (4 to 30 s, 8.2 s on average) and of AudioSet at mixed time resolution. A step has one
+batch per rank. Padding is the share of the budget that stays empty, over all batches; the least
+possible is what whole steps alone cost. Imbalance is how far the fullest rank of a step exceeds the
+mean of the ranks, on average: in tokens, and in the FLOPs of ViT-B's blocks, where long clips cost
+more per token. The most clips of any batch count where shapes are fixed, since each has a place
+there; they are limited where the table says so. To repeat: `python -m bench.packing`.
+"""
+
+LOADER = """\
+## Loading
+
+Clips of 10 s, decoded to int16 at 16 kHz and packed into batches: how many per second and core,
+counted in processor time, and in what share of its time a training run of ElasticAST-tiny on this
+machine's CPU, with one process that decodes, had no batch ready. To repeat:
+`python -m bench.loader`.
+"""
+
 
 def render(folder: Path) -> str:
     """The page made of all results under ``folder``."""
@@ -42,6 +63,16 @@ def render(folder: Path) -> str:
         names = sorted({row["benchmark"] for document in found for row in document["rows"]})
         for name in names:
             parts.append(_benchmark(name, group, found))
+    for name, about, table in (
+        ("packing", PACKING, packing_table),
+        ("loader", LOADER, loader_table),
+    ):
+        documents = [load(path) for path in sorted(folder.glob(f"*/{name}.json"))]
+        if documents:
+            parts.append(about)
+        for document in documents:
+            parts += [f"**{_machine(document['run'])}**\n", *table(document["rows"]), ""]
+            parts += [_provenance(document["run"]), ""]
     return "\n".join(parts)
 
 
@@ -68,6 +99,36 @@ def _benchmark(name: str, group: str, documents: list[dict]) -> str:
             lines += [_provenance(run) for _, run in sorted(runs.items())]
             lines.append("")
     return "\n".join(lines)
+
+
+def packing_table(rows: list[dict]) -> list[str]:
+    """A row per measurement of :mod:`bench.packing`."""
+    titles = ["lengths", "strategy", "clips", "ranks", "window", "padding", "least possible"]
+    titles += ["imbalance, tokens", "imbalance, FLOPs", "most clips", "limit"]
+    titles += ["ns / clip", "us / batch"]
+    lines = _header(titles, left=2)
+    for row in rows:
+        cells = [row["lengths"], row["strategy"], f"{row['clips']:,}", str(row["ranks"])]
+        cells.append("" if row["window"] is None else f"{row['window']:,}")
+        cells += [f"{row['padding']:.2%}", f"{row['least_padding']:.2%}"]
+        for what in ("token_imbalance", "work_imbalance"):
+            cells.append("" if row["ranks"] == 1 else f"{row[what]:.2%}")
+        cells += [str(row["most_clips"]), str(row["max_clips"] or "")]
+        cells += [_number(row["ns_per_clip"]), _number(row["us_per_bin"])]
+        lines.append(_line(cells))
+    return lines
+
+
+def loader_table(rows: list[dict]) -> list[str]:
+    """A row per measurement of :mod:`bench.loader`."""
+    titles = ["format", "bytes / clip", "decoded / s / core", "in batches / s / core", "wait"]
+    lines = _header(titles, left=1)
+    for row in rows:
+        cells = [row["format"], f"{row['bytes_per_clip']:,}"]
+        cells += [f"{row['decode']:,.0f}", f"{row['batches']:,.0f}"]
+        cells.append("" if row["wait"] is None else f"{row['wait']:.2%}")
+        lines.append(_line(cells))
+    return lines
 
 
 def _section(row: dict) -> tuple[str, str, str]:

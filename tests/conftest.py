@@ -47,11 +47,21 @@ def tones(tmp_path_factory) -> Path:
 def recipe(tones):
     """A recipe that trains an ElasticAST of two narrow blocks on it in a few seconds."""
     # Imported here, because the machine that runs the GPU tests may lack what training needs.
-    from fastast.train import DataConfig, FrontendConfig, ModelConfig, Recipe, TrainConfig
+    from fastast.train import (
+        AugmentConfig,
+        DataConfig,
+        FrontendConfig,
+        ModelConfig,
+        OptimConfig,
+        Recipe,
+        TrainConfig,
+    )
 
     return Recipe(
         DataConfig(root=str(tones), sample_rate=8000, validation=0.2, test=0.2),
-        FrontendConfig(num_mels=32, compression=[1.0, 1.6, 2.0], gain_db=3.0, time_mask=0.1),
+        FrontendConfig(num_mels=32, compression=[1.0, 1.6, 2.0]),
+        AugmentConfig(gain_db=3.0, time_mask=0.1),
         ModelConfig(patch_size=(16, 8), dim=32, depth=2, num_heads=2, max_time_patches=10),
-        TrainConfig(epochs=3, batch_tokens=120, batch_clips=8, lr=2e-3, device="cpu"),
+        OptimConfig(lr=2e-3),
+        TrainConfig(epochs=3, batch_tokens=120, batch_clips=8, device="cpu"),
     )

@@ -2,10 +2,13 @@
 
 import zlib
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 
-from fastast.random import _splitmix64, random_bits, random_uniform
+from fastast import random
+from fastast.random import _splitmix64, random_below, random_beta, random_bits, random_uniform
 
 CLIPS = torch.arange(2000)
 
@@ -121,3 +124,63 @@ def test_neighbours_are_independent():
 def test_no_two_draws_collide():
     bits = random_bits(0, 0, CLIPS, "gain", 100)
     assert bits.unique().numel() == bits.numel()
+
+
+# Integers and Beta numbers --------------------------------------------------------------------
+
+
+def test_integers_equal_an_independent_computation():
+    clips = torch.tensor([0, 1, 123456789, 2**45, -1])
+    words = [word >> 32 for word in unsigned(random_bits(5, 2, clips, "partner", 1))]
+    for limit in (0, 1, 7, 160_000, 2**31 - 1):
+        expected = [word * limit // 2**32 for word in words]
+        assert random_below(5, 2, clips, "partner", limit).tolist() == expected
+    limits = [3, 0, 10**6, 2**31 - 1, 48_000]
+    expected = [word * limit // 2**32 for word, limit in zip(words, limits, strict=True)]
+    for dtype in (torch.int32, torch.int64):
+        drawn = random_below(5, 2, clips, "partner", torch.tensor(limits, dtype=dtype))
+        assert drawn.dtype == torch.int64 and drawn.tolist() == expected
+
+
+def test_integers_are_uniform():
+    counts = torch.bincount(random_below(0, 0, torch.arange(20_000), "partner", 10), minlength=10)
+    assert len(counts) == 10
+    assert ((counts - 2000).abs() < 5 * 1800**0.5).all()
+    # Every number of a large range can come up, which float32 would not allow.
+    large = random_below(0, 0, torch.arange(20_000), "partner", 2**31 - 1)
+    assert (large % 2 == 1).double().mean() == pytest.approx(0.5, abs=0.02)
+
+
+SHAPES = [0.02, 0.2, 0.5, 0.9, 1.0, 1.5, 10.0, 300.0, 10_000.0]
+
+
+@pytest.mark.parametrize("a", SHAPES)
+def test_beta_is_the_inverse_of_the_distribution_function(a, monkeypatch):
+    uniform = np.arange(1, 2**16).astype(np.float32) / 2**16
+    monkeypatch.setattr(random, "random_uniform", lambda *keys: torch.from_numpy(uniform))
+    numbers = random_beta(0, 0, CLIPS, "mix", 1, a)
+    assert numbers.dtype == torch.float32
+    # Close to 1 float32 is too coarse for the comparison, but the upper half mirrors the lower.
+    lower, upper = numbers[: 2**15], numbers[2**15 - 1 :]
+    torch.testing.assert_close(upper.flip(0), 1 - lower, rtol=0, atol=2.0**-23)
+    lower = lower[lower > torch.finfo(torch.float32).tiny].double().numpy()
+    assert len(lower) > 10_000 and lower[-1] == 0.5
+    error = scipy.stats.beta.cdf(lower, a, a) - uniform[2**15 - len(lower) : 2**15]
+    assert np.abs(error).max() < 1e-4
+
+
+@pytest.mark.parametrize("a", [0.2, 0.5, 1.0, 10.0])
+def test_beta_numbers_of_clips(a):
+    numbers = random_beta(1, 2, CLIPS, "mix", 3, a)
+    assert numbers.shape == (2000, 3) and 0 <= numbers.min() and numbers.max() <= 1
+    assert scipy.stats.kstest(numbers.double().flatten().numpy(), "beta", (a, a)).pvalue > 1e-4
+    order = torch.randperm(2000, generator=torch.Generator().manual_seed(0))[:7]
+    assert torch.equal(random_beta(1, 2, CLIPS[order], "mix", 3, a), numbers[order])
+    assert torch.equal(random_beta(1, 2, CLIPS[5:6], "mix", 1, a), numbers[5:6, :1])
+    assert random_beta(1, 2, CLIPS[:0], "mix", 3, a).shape == (0, 3)
+
+
+@pytest.mark.parametrize("a", [0.0, -1.0, float("nan"), 1e5])
+def test_beta_of_a_wrong_shape(a):
+    with pytest.raises(ValueError, match=r"a must lie in \(0, 10000\]"):
+        random_beta(0, 0, CLIPS, "mix", 1, a)

@@ -8,9 +8,9 @@ tables without ever asking for a size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from fastast.data.frames import samples_for
 from fastast.ops.mel_filterbank import frame_counts
 from fastast.segments import Segments, TokenBudget
 from fastast.tokens import PatchGeometry, PatchGrid
+
+if TYPE_CHECKING:
+    from fastast.data.dataset import LeftOut
 
 IGNORED_TARGET = -100
 """Target of the empty segments of a fixed-shape batch; PyTorch's losses skip it."""
@@ -100,12 +103,23 @@ class Batch:
         grid: the patches of those frames that become tokens.
         dense_frames: if not None, the model's input has a fixed length: the frame stream is to be
             padded and cut to ``[S, dense_frames, num_mels]``, and ``grid`` lists patches of that.
-        targets: int64 ``[S]``, class indices; -100 on empty segments.
-        clip_ids: int64 ``[S]``, keys of the clips' random numbers; -1 on empty segments.
+        targets: int64 ``[S]``, class indices, -100 on empty segments; or float32 ``[S, classes]``,
+            several labels or mixed ones, zero on empty segments.
+        clip_ids: int64 ``[S]``, keys of the clips' random numbers; -1 on empty segments. They are
+            the clips' numbers in the data set, unless a clip is drawn several times in an epoch
+            (:data:`fastast.data.sampling.OCCURRENCE`).
         epoch: int64 ``[]``, the other key. A tensor, so that compiled code serves every epoch.
+        loss_denominator: float32 ``[]``. The loss of a batch is the sum over its clips divided by
+            this, so that the gradients of all batches of a step, on all ranks, add up to the mean
+            over its clips.
+        partner_waveforms: int16 ``[samples]``, what is mixed into the clips, end to end; None
+            where nothing ever is.
+        partner_offsets: int64 ``[S + 1]``, as ``sample_offsets``.
+        mix_weight: float32 ``[S]``, the clip's share of the mixture; 1 where nothing is mixed in.
         num_clips: real clips. For logs: a traced function that reads it is compiled anew for
             every value.
         audio_seconds: of real audio.
+        left_out: clips that should be here but could not be read.
     """
 
     waveforms: Tensor
@@ -118,8 +132,13 @@ class Batch:
     targets: Tensor
     clip_ids: Tensor
     epoch: Tensor
+    loss_denominator: Tensor
+    partner_waveforms: Tensor | None
+    partner_offsets: Tensor | None
+    mix_weight: Tensor | None
     num_clips: int
     audio_seconds: float
+    left_out: tuple[LeftOut, ...] = ()
 
     _TENSORS: ClassVar = (
         "waveforms",
@@ -128,6 +147,10 @@ class Batch:
         "targets",
         "clip_ids",
         "epoch",
+        "loss_denominator",
+        "partner_waveforms",
+        "partner_offsets",
+        "mix_weight",
     )
 
     @property
@@ -137,23 +160,25 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
-        tensors = {name: getattr(self, name) for name in self._TENSORS}
         return replace(
             self,
             frames=self.frames.to(device, non_blocking),
             grid=self.grid.to(device, non_blocking),
-            **{name: x.to(device, non_blocking=non_blocking) for name, x in tensors.items()},
+            **{name: x.to(device, non_blocking=non_blocking) for name, x in self._tensors()},
         )
 
     def pin_memory(self) -> Batch:
         """Page-locks the tensors, so that :meth:`to` can overlap with computation."""
-        tensors = {name: getattr(self, name) for name in self._TENSORS}
         return replace(
             self,
             frames=self.frames.pin_memory(),
             grid=self.grid.pin_memory(),
-            **{name: x.pin_memory() for name, x in tensors.items()},
+            **{name: x.pin_memory() for name, x in self._tensors()},
         )
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        named = ((name, getattr(self, name)) for name in self._TENSORS)
+        return ((name, x) for name, x in named if x is not None)
 
 
 @dataclass(frozen=True)
@@ -162,17 +187,21 @@ class Clip:
 
     Attributes:
         waveform: int16 ``[samples]``.
-        target: class index.
-        clip_id: key of its random numbers.
+        target: class index, or a tensor of one row of :attr:`Batch.targets`.
+        clip_id: key of its random numbers; -1: not a clip, only something to fill a segment.
         frame_shift: samples per hop.
         keep: sorted indices of the patches that become tokens; default all.
+        partner: int16 waveform to mix in, at most as long; default none.
+        mix_weight: the clip's own share of the mixture.
     """
 
     waveform: Tensor
-    target: int
+    target: int | Tensor
     clip_id: int
     frame_shift: int
     keep: np.ndarray | None = None
+    partner: Tensor | None = None
+    mix_weight: float = 1.0
 
 
 def padded_samples(
@@ -191,6 +220,9 @@ def collate(
     epoch: int = 0,
     budget: BatchBudget | None = None,
     dense_frames: int | None = None,
+    loss_denominator: float | None = None,
+    mixing: bool = False,
+    left_out: Sequence[LeftOut] = (),
 ) -> Batch:
     """Packs clips into a batch, in order. Runs on the host.
 
@@ -209,6 +241,9 @@ def collate(
         epoch: goes into the batch.
         budget: fixes all shapes; its ``tokens.clips`` is S. Default: exact sizes.
         dense_frames: see :attr:`Batch.dense_frames`.
+        loss_denominator: see :attr:`Batch.loss_denominator`. Default: the number of clips.
+        mixing: whether there may be partners; a run's batches are all alike in this.
+        left_out: goes into the batch.
 
     Raises:
         ValueError: no clips, or they do not fit the budget.
@@ -219,12 +254,12 @@ def collate(
     real = np.array([len(clip.waveform) for clip in clips], np.int64)
     min_frames = 1 if dense_frames else geometry.min_frames()
     lengths = padded_samples(real, min_frames, window, shifts)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    capacity = budget.samples if budget else int(offsets[-1])
+    total = int(lengths.sum())
+    capacity = budget.samples if budget else total
     num_segments = budget.tokens.clips if budget else len(clips)
-    if offsets[-1] > capacity:
+    if total > capacity:
         raise ValueError(
-            f"the batch needs {offsets[-1]} samples but the budget allows {capacity}; "
+            f"the batch needs {total} samples but the budget allows {capacity}; "
             "raise BatchBudget.samples or put fewer clips into a batch"
         )
     frames = Segments.from_lengths(
@@ -241,26 +276,60 @@ def collate(
             for clip, length in zip(clips, source, strict=False)
         ]
 
-    waveforms = torch.zeros(capacity, dtype=torch.int16)
-    for clip, begin in zip(clips, offsets.tolist(), strict=False):
-        waveforms[begin : begin + len(clip.waveform)] = clip.waveform
-
     def column(values: Sequence[int] | np.ndarray, fill: int, dtype: type) -> Tensor:
         filled = np.full(num_segments, fill, dtype)
         filled[: len(clips)] = values
         return torch.from_numpy(filled)
 
+    real_clips = sum(clip.clip_id >= 0 for clip in clips)
+    waveforms, sample_offsets = _lay_out(
+        [clip.waveform for clip in clips], lengths, capacity, num_segments
+    )
+    partner_waveforms = partner_offsets = mix_weight = None
+    if mixing:
+        partners = [waveforms[:0] if clip.partner is None else clip.partner for clip in clips]
+        partner_lengths = np.array([len(partner) for partner in partners], np.int64)
+        partner_waveforms, partner_offsets = _lay_out(
+            partners,
+            partner_lengths,
+            budget.samples if budget else int(partner_lengths.sum()),
+            num_segments,
+        )
+        mix_weight = column([clip.mix_weight for clip in clips], 1, np.float32)
     return Batch(
         waveforms=waveforms,
-        sample_offsets=torch.from_numpy(np.pad(offsets, (0, num_segments - len(clips)), "edge")),
+        sample_offsets=sample_offsets,
         frame_shift=column(shifts, 1, np.int32),
         frames=frames,
         frame_rows=budget.frames.tokens if budget else int(frames.host_offsets[-1]),
         grid=geometry.grid(source, budget.tokens if budget else None, keep),
         dense_frames=dense_frames,
-        targets=column([clip.target for clip in clips], IGNORED_TARGET, np.int64),
+        targets=_stack_targets([clip.target for clip in clips], num_segments),
         clip_ids=column([clip.clip_id for clip in clips], -1, np.int64),
         epoch=torch.tensor(epoch),
-        num_clips=len(clips),
+        loss_denominator=torch.tensor(float(loss_denominator or max(real_clips, 1))),
+        partner_waveforms=partner_waveforms,
+        partner_offsets=partner_offsets,
+        mix_weight=mix_weight,
+        num_clips=real_clips,
         audio_seconds=float(real.sum() / sample_rate),
+        left_out=tuple(left_out),
     )
+
+
+def _lay_out(
+    pieces: Sequence[Tensor], lengths: np.ndarray, capacity: int, num_segments: int
+) -> tuple[Tensor, Tensor]:
+    """Pieces end to end, each followed by zeros up to its length, and where they begin."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    stream = torch.zeros(capacity, dtype=torch.int16)
+    for piece, begin in zip(pieces, offsets.tolist(), strict=False):
+        stream[begin : begin + len(piece)] = piece
+    return stream, torch.from_numpy(np.pad(offsets, (0, num_segments - len(pieces)), "edge"))
+
+
+def _stack_targets(targets: Sequence[int | Tensor], num_segments: int) -> Tensor:
+    rows = torch.stack([torch.as_tensor(target) for target in targets])
+    fill = IGNORED_TARGET if rows.ndim == 1 else 0
+    empty = rows.new_full((num_segments - len(targets), *rows.shape[1:]), fill)
+    return torch.cat([rows, empty])

@@ -1,132 +1,122 @@
-"""From a data set to packed batches, epoch by epoch.
+"""From a plan to packed batches: decoding, in the background or in processes of its own.
 
-Everything random is a function of (seed, epoch, clip): the order of an epoch, each clip's frame
-shift, which of its patches are kept. Other budgets or orders change which clips share a batch,
-and nothing about the clips. An epoch can be planned without decoding a file, because lengths come
-from the headers.
+Neither the number of processes nor the order in which they finish has any influence on a batch:
+what is in it is settled by the plan (:mod:`fastast.data.plan`).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
 
-from fastast.data.batch import Batch, BatchBudget, Clip, collate, padded_samples
+from fastast.data.audio import AudioError
+from fastast.data.batch import IGNORED_TARGET, Batch, BatchBudget, Clip, collate
 from fastast.data.dataset import AudioDataset
-from fastast.data.frames import samples_for
-from fastast.data.packing import next_fit
-from fastast.ops.mel_filterbank import frame_counts, hop_from_ms
-from fastast.random import random_bits, random_uniform
-from fastast.segments import TokenBudget
-from fastast.tokens import PatchGeometry, kept_patches, random_keep
+from fastast.data.manifest import LeftOut
+from fastast.data.plan import BatchPlan, Planner
+from fastast.data.sampling import cut
+from fastast.tokens import random_keep
 
 
 class PackedLoader:
-    """Deals the clips of a data set into batches of real tokens.
-
-    Each epoch visits every clip once, in an order of its own; next-fit packing fills batches up
-    to the budget. Within a batch clips stand in order of their token count, longest first, so
-    that equal lengths adjoin and can be computed together; targets and clip ids stand in the same
-    order.
+    """Deals the clips of a data set into batches of real tokens, epoch by epoch.
 
     Args:
-        dataset: the clips.
-        geometry: how spectrograms are cut into patches.
-        budget: tokens and clips of a batch, and tokens of the longest clip.
-        window: of a frame, in samples.
-        frame_shift_ms: of the frames. Given several, every clip draws one anew in each epoch
-            (mixed-resolution training, ElasticAST section 3.4): see
-            :func:`~fastast.data.mixed_frame_shifts`.
-        max_seconds: keep only the beginning of longer clips.
-        dense_frames: for models of fixed input length: cut all clips to so many frames, and have
-            the spectrograms of shorter ones padded to it (:attr:`Batch.dense_frames`). Batches
-            then have as many clips as the budget holds, and no dead rows when they are full.
-        token_drop: share of each clip's patches to drop, as ElasticAST's code does (0.1) and its
-            paper does not. Packing counts the patches that remain.
-        shuffle: draw the order of each epoch. Otherwise it is the data set's.
-        seed: of all draws.
-        fixed_shapes: give all batches the same shapes, from ``budget``, so that one compiled or
-            captured graph serves them.
-        prefetch: batches that a background thread makes ahead.
+        planner: what the batches hold.
+        rank: which of ``planner.packing.ranks`` processes this one is.
+        fixed_shapes: give all batches the same shapes, from the planner's budget, so that one
+            compiled or captured graph serves them.
+        workers: processes that decode. 0: a background thread, which is enough where clips are
+            short or few, and can keep what it decoded in memory.
+        prefetch: batches that the thread, or each process, makes ahead.
         pin_memory: page-lock the batches, for asynchronous copies to a GPU.
+        bad_files: what to do with a clip that cannot be decoded: ``"stop"`` with an error, or
+            ``"skip"`` it and list it in :attr:`Batch.left_out`.
 
     Raises:
-        ValueError: an argument out of range, or a clip that is longer than ``budget.max_length``
-            at its finest resolution.
+        ValueError: an argument out of range.
     """
 
     def __init__(
         self,
-        dataset: AudioDataset,
-        geometry: PatchGeometry,
+        planner: Planner,
         *,
-        budget: TokenBudget,
-        window: int,
-        frame_shift_ms: float | Sequence[float] = 10.0,
-        max_seconds: float | None = None,
-        dense_frames: int | None = None,
-        token_drop: float = 0.0,
-        shuffle: bool = True,
-        seed: int = 0,
+        rank: int = 0,
         fixed_shapes: bool = False,
+        workers: int = 0,
         prefetch: int = 2,
         pin_memory: bool = False,
+        bad_files: Literal["stop", "skip"] = "stop",
     ) -> None:
-        self.dataset = dataset
-        self.geometry = geometry
-        self.budget = budget
-        self.window = window
-        self.max_seconds = max_seconds
-        self.dense_frames = dense_frames
-        self.token_drop = token_drop
-        self.shuffle = shuffle
-        self.seed = seed
-        self.prefetch = prefetch
-        self.pin_memory = pin_memory
-        if window < 1:
-            raise ValueError(f"window must be at least 1 sample, got {window}")
-        if not 0 <= token_drop < 1:
-            raise ValueError(f"token_drop must lie in [0, 1), got {token_drop}")
-        if max_seconds is not None and max_seconds <= 0:
-            raise ValueError(f"max_seconds must be positive, got {max_seconds}")
-        if dense_frames is not None and dense_frames < geometry.min_frames():
-            raise ValueError(
-                f"dense_frames ({dense_frames}) is less than a patch "
-                f"({geometry.min_frames()} frames)"
-            )
+        if not 0 <= rank < planner.packing.ranks:
+            raise ValueError(f"rank must lie in [0, {planner.packing.ranks}), got {rank}")
+        if workers < 0:
+            raise ValueError(f"workers must not be negative, got {workers}")
         if prefetch < 1:
             raise ValueError(f"prefetch must be at least 1 batch, got {prefetch}")
+        if bad_files not in ("stop", "skip"):
+            raise ValueError(f"bad_files must be 'stop' or 'skip', got {bad_files!r}")
+        self.planner = planner
+        self.rank = rank
+        self.prefetch = prefetch
+        self.pin_memory = pin_memory
+        sizes = planner.fixed_sizes() if fixed_shapes else None
+        self._make = _BatchMaker(planner, sizes, bad_files)
+        self._orders: list[BatchPlan] = []
+        self._processes = self._start_processes(workers) if workers else None
 
-        choices = [frame_shift_ms] if isinstance(frame_shift_ms, int | float) else frame_shift_ms
-        if not len(choices):
-            raise ValueError("frame_shift_ms is empty: give at least one frame shift")
-        self.frame_shifts = np.array(
-            [hop_from_ms(ms, dataset.sample_rate) for ms in choices], np.int32
-        )
-        if dense_frames is not None:
-            self.budget = self._dense_budget(budget, dense_frames)
-        self._check_longest()
-        self.fixed_sizes = self._fixed_sizes() if fixed_shapes else None
+    @property
+    def dataset(self) -> AudioDataset:
+        """The clips."""
+        return self.planner.dataset
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch. The same call yields the same batches.
+    def num_steps(self, epoch: int) -> int:
+        """Steps of an epoch, the same on every rank. It differs between epochs, as the order
+        does."""
+        return self.planner.plan(epoch).num_steps
 
-        A background thread works ahead; it ends with the iteration, also when that is cut short.
+    def num_batches(self, epoch: int) -> int:
+        """Batches of an epoch that this rank computes."""
+        return self.num_steps(epoch) * self.planner.packing.accumulate
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """This rank's batches of an epoch, ``planner.packing.accumulate`` for each step.
+
+        The same call yields the same batches. The work ahead ends with the iteration, also when
+        that is cut short.
+
+        Args:
+            epoch: number of the epoch.
+            first_step: leave out the steps before it, to go on where an epoch was broken off.
 
         Raises:
-            AudioError: a file that cannot be decoded, when its batch is due.
+            AudioError: a file that cannot be decoded, when its batch is due, if ``bad_files`` is
+                ``"stop"``.
         """
-        plan = self._plan(epoch)
+        orders = self.planner.plan(epoch).batches_of(self.rank, first_step)
+        if self._processes is None:
+            return self._from_thread(orders)
+        return self._from_processes(orders)
+
+    def _from_thread(self, orders: list[BatchPlan]) -> Iterator[Batch]:
         pending: deque[Future[Batch]] = deque()
+
+        def make(order: BatchPlan) -> Batch:
+            batch = _unless_error(self._make[order])
+            return batch.pin_memory() if self.pin_memory else batch
+
         with ThreadPoolExecutor(1, "fastast-loader") as pool:
             try:
-                for rows in plan.batches:
-                    pending.append(pool.submit(self._load, plan, rows))
+                for order in orders:
+                    pending.append(pool.submit(make, order))
                     if len(pending) > self.prefetch:
                         yield pending.popleft().result()
                 while pending:
@@ -135,122 +125,119 @@ class PackedLoader:
                 for future in pending:
                     future.cancel()
 
-    def num_batches(self, epoch: int) -> int:
-        """Batches of an epoch. It differs between epochs, as the order does."""
-        return len(self._plan(epoch).batches)
+    def _from_processes(self, orders: list[BatchPlan]) -> Iterator[Batch]:
+        self._orders[:] = orders
+        yield from map(_unless_error, self._processes)
 
-    def _plan(self, epoch: int) -> _Plan:
-        clip_ids = torch.from_numpy(self.dataset.clip_ids)
-        draw = random_uniform(self.seed, epoch, clip_ids, "resolution", 1)[:, 0].double().numpy()
-        frame_shift = self.frame_shifts[(draw * len(self.frame_shifts)).astype(np.int64)]
-        num_samples = self._cut_samples(frame_shift)
-        patches = self._num_patches(num_samples, frame_shift)
-        tokens = self._num_tokens(patches)
-
-        order = np.arange(len(self.dataset))
-        if self.shuffle:
-            keys = random_bits(self.seed, epoch, clip_ids, "order", 1)[:, 0]
-            order = np.argsort(keys.numpy(), kind="stable")
-        batch_of = next_fit(tokens[order], self.budget.tokens, self.budget.clips)
-        batches = np.split(order, np.flatnonzero(np.diff(batch_of)) + 1)
-        by_length = [rows[np.argsort(-tokens[rows], kind="stable")] for rows in batches]
-        return _Plan(epoch, by_length, num_samples, frame_shift, patches)
-
-    def _cut_samples(self, frame_shift: np.ndarray | int) -> np.ndarray:
-        """Samples of each clip that are used, before a short one is extended: ``[clips]``."""
-        samples = self.dataset.lengths
-        if self.max_seconds is not None:
-            samples = np.minimum(samples, int(self.max_seconds * self.dataset.sample_rate))
-        if self.dense_frames is not None:
-            most = samples_for(self.dense_frames, self.window, frame_shift)
-            samples = np.minimum(samples, most)
-        return samples
-
-    def _num_patches(self, num_samples: np.ndarray, frame_shift: np.ndarray | int) -> np.ndarray:
-        """Patches of each clip, dropped ones included: ``[clips]``, all at least 1."""
-        if self.dense_frames is not None:
-            frames = np.full(len(num_samples), self.dense_frames)
-        else:
-            least = self.geometry.min_frames()
-            padded = padded_samples(num_samples, least, self.window, frame_shift)
-            frames = frame_counts(padded, self.window, frame_shift)
-        return self.geometry.freq_patches * self.geometry.time_patches(frames)
-
-    def _num_tokens(self, patches: np.ndarray | int) -> np.ndarray | int:
-        """Rows of the token stream that a clip takes: the patches it keeps and the prefix."""
-        return kept_patches(patches, self.token_drop) + self.geometry.prefix
-
-    def _dense_budget(self, budget: TokenBudget, dense_frames: int) -> TokenBudget:
-        """The part of a budget that clips of equal size can fill."""
-        patches = self.geometry.freq_patches * self.geometry.time_patches(dense_frames)
-        length = int(self._num_tokens(patches))
-        clips = min(budget.clips, budget.tokens // length)
-        if clips < 1 or length > budget.max_length:
-            raise ValueError(
-                f"a clip of dense_frames={dense_frames} has {length} tokens but the budget allows "
-                f"{min(budget.tokens, budget.max_length)}; raise it or lower dense_frames"
-            )
-        return TokenBudget(clips * length, clips, length)
-
-    def _fixed_sizes(self) -> BatchBudget:
-        longest_shift = int(self.frame_shifts.max())
-        if self.dense_frames is not None:
-            return BatchBudget.for_dense(
-                self.budget, self.dense_frames, window=self.window, max_frame_shift=longest_shift
-            )
-        return BatchBudget.for_tokens(
-            self.budget,
-            self.geometry,
-            window=self.window,
-            max_frame_shift=longest_shift,
-            token_drop=self.token_drop,
+    def _start_processes(self, workers: int) -> DataLoader:
+        return DataLoader(
+            self._make,
+            sampler=self._orders,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=self.prefetch,
+            pin_memory=self.pin_memory,
+            persistent_workers=True,
+            worker_init_fn=_in_a_process,
+            # It draws a seed for the processes in each epoch: not from the run's random numbers.
+            generator=torch.Generator(),
         )
 
-    def _check_longest(self) -> None:
-        finest = int(self.frame_shifts.min())
-        tokens = self._num_tokens(self._num_patches(self._cut_samples(finest), finest))
-        longest = int(tokens.argmax())
-        if tokens[longest] > self.budget.max_length:
-            raise ValueError(
-                f"{self.dataset.paths[longest]} has {tokens[longest]} tokens but the budget allows "
-                f"{self.budget.max_length}; raise TokenBudget.max_length, or cut clips with "
-                "max_seconds"
-            )
 
-    def _load(self, plan: _Plan, rows: np.ndarray) -> Batch:
-        """Decodes and packs one batch. Runs in the background thread."""
-        batch = collate(
-            [self._clip(plan, row) for row in rows.tolist()],
+def _unless_error(made: Batch | AudioError) -> Batch:
+    if isinstance(made, AudioError):
+        raise made
+    return made
+
+
+class _BatchMaker:
+    """Decodes and packs batches. A sequence over plans, as DataLoader asks for.
+
+    Errors about files are returned, because DataLoader would make others of them.
+    """
+
+    def __init__(self, planner: Planner, sizes: BatchBudget | None, bad_files: str) -> None:
+        self.dataset, self.geometry = planner.dataset, planner.geometry
+        self.window, self.dense_frames = planner.window, planner.dense_frames
+        self.token_drop, self.seed = planner.token_drop, planner.seed
+        self.mixing = planner.mixup is not None
+        self.shortest_shift = int(planner.frame_shifts.min())
+        self.sizes = sizes
+        self.skip_bad = bad_files == "skip"
+
+    def __getitem__(self, order: BatchPlan) -> Batch | AudioError:
+        left_out: list[LeftOut] = []
+        try:
+            found = [self._clip(order, index, left_out) for index in range(len(order.rows))]
+        except AudioError as error:
+            return error
+        clips = [clip for clip in found if clip is not None]
+        return collate(
+            clips or [self._filler()],
             self.geometry,
             window=self.window,
             sample_rate=self.dataset.sample_rate,
-            epoch=plan.epoch,
-            budget=self.fixed_sizes,
+            epoch=order.epoch,
+            budget=self.sizes,
             dense_frames=self.dense_frames,
+            loss_denominator=max(order.loss_denominator, 1e-9),
+            mixing=self.mixing,
+            left_out=left_out,
         )
-        return batch.pin_memory() if self.pin_memory else batch
 
-    def _clip(self, plan: _Plan, row: int) -> Clip:
-        clip_id = int(self.dataset.clip_ids[row])
+    def _clip(self, order: BatchPlan, index: int, left_out: list[LeftOut]) -> Clip | None:
+        row, key = int(order.rows[index]), int(order.keys[index])
+        num_samples = int(order.num_samples[index])
+        waveform = self._read(row, left_out)
+        if waveform is None:
+            return None
         keep = None
         if self.token_drop:
-            patches = int(plan.patches[row])
-            keep = random_keep(patches, self.token_drop, self.seed, plan.epoch, clip_id)
-        return Clip(
-            waveform=self.dataset.waveform(row)[: plan.num_samples[row]],
-            target=int(self.dataset.labels[row]),
-            clip_id=clip_id,
-            frame_shift=int(plan.frame_shift[row]),
+            patches = int(order.patches[index])
+            keep = random_keep(patches, self.token_drop, self.seed, order.epoch, key)
+        clip = Clip(
+            waveform=cut(waveform, int(order.begin[index]), num_samples),
+            target=self._target(row),
+            clip_id=key,
+            frame_shift=int(order.frame_shift[index]),
             keep=keep,
         )
+        partner = int(order.partners[index])
+        if partner >= 0 and (other := self._read(partner, left_out)) is not None:
+            share = float(order.mix_weight[index])
+            clip.target.mul_(share).add_(self._target(partner), alpha=1 - share)
+            return replace(clip, partner=other[:num_samples], mix_weight=share)
+        return clip
+
+    def _read(self, row: int, left_out: list[LeftOut]) -> Tensor | None:
+        try:
+            return self.dataset.waveform(row)
+        except AudioError as error:
+            if not self.skip_bad:
+                raise
+            left_out.append(LeftOut(str(error.path), error.what))
+            return None
+
+    def _target(self, row: int) -> Tensor:
+        """What the clip is: a class, or a row of numbers where clips have several or are mixed."""
+        target = self.dataset.targets([row])[0]
+        if self.mixing and not self.dataset.multi_label:
+            shares = torch.zeros(len(self.dataset.class_names))
+            if target >= 0:  # it is negative where a clip has no label
+                shares[target] = 1.0
+            return shares
+        return target
+
+    def _filler(self) -> Clip:
+        """Silence that counts for nothing, for a batch none of whose clips could be read."""
+        waveform = torch.zeros(0, dtype=torch.int16)
+        target = torch.zeros_like(self._target(0))
+        if target.ndim == 0:
+            target.fill_(IGNORED_TARGET)
+        keep = np.zeros(1, np.int64) if self.token_drop else None
+        return Clip(waveform, target, -1, self.shortest_shift, keep)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What an epoch will do, settled from lengths alone. All but ``batches`` are ``[clips]``."""
-
-    epoch: int
-    batches: list[np.ndarray]
-    num_samples: np.ndarray
-    frame_shift: np.ndarray
-    patches: np.ndarray
+def _in_a_process(_: int) -> None:
+    """What a process decodes is not there for the others, nor in the next epoch."""
+    get_worker_info().dataset.dataset.forget()

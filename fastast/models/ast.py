@@ -76,6 +76,18 @@ class AST(nn.Module):
         tokens = torch.where((grid.prefix_id >= 0)[:, None], prefix, patches)
         return self.trunk(tokens + self.positions(grid), grid.segments), grid
 
+    def embed(self, inputs: Spectrograms | Tensor, grid: PatchGrid | None = None) -> Tensor:
+        """What the linear classifier reads of each clip: ``[clips, dim]``, in input order.
+
+        The mean of the two tokens after the last norm. Arguments as of :meth:`forward`.
+        """
+        features, grid = self.forward_features(inputs, grid)
+        # Empty segments have no class tokens; any row serves, since their logits mean nothing.
+        if grid.num_rows < 2:
+            features = F.pad(features, (0, 0, 0, 2))
+        cls = grid.segments.offsets[:-1].clamp(max=features.shape[0] - 2)
+        return self.norm((F.embedding(cls, features) + F.embedding(cls + 1, features)) / 2)
+
     def forward(self, inputs: Spectrograms | Tensor, grid: PatchGrid | None = None) -> Tensor:
         """Logits ``[clips, num_classes]`` in input order.
 
@@ -83,13 +95,7 @@ class AST(nn.Module):
             inputs: :class:`~fastast.Spectrograms`, or dense ``[clips, frames, num_mels]``.
             grid: the token list, from ``model.geometry.grid(...)``; made here if missing.
         """
-        features, grid = self.forward_features(inputs, grid)
-        # Empty segments have no class tokens; any row serves, since their logits mean nothing.
-        if grid.num_rows < 2:
-            features = F.pad(features, (0, 0, 0, 2))
-        cls = grid.segments.offsets[:-1].clamp(max=features.shape[0] - 2)
-        pooled = (F.embedding(cls, features) + F.embedding(cls + 1, features)) / 2
-        return self.head(self.norm(pooled))
+        return self.head(self.embed(inputs, grid))
 
 
 register_sizes("ast", AST)

@@ -71,6 +71,14 @@ class ElasticAST(nn.Module):
         tokens = self.patch_embed(frames, grid) + self.positions(grid)
         return self.trunk(tokens, grid.segments), grid
 
+    def embed(self, inputs: Spectrograms | Tensor, grid: PatchGrid | None = None) -> Tensor:
+        """What the linear classifier reads of each clip: ``[clips, dim]``, in input order.
+
+        The pooled tokens after the last norm. Arguments as of :meth:`forward`.
+        """
+        features, grid = self.forward_features(inputs, grid)
+        return self.norm(self.pool(features, grid.segments))
+
     def forward(self, inputs: Spectrograms | Tensor, grid: PatchGrid | None = None) -> Tensor:
         """Logits ``[clips, num_classes]`` in input order.
 
@@ -78,8 +86,7 @@ class ElasticAST(nn.Module):
             inputs: :class:`~fastast.Spectrograms`, or dense ``[clips, frames, num_mels]``.
             grid: the token list, from ``model.geometry.grid(...)``; made here if missing.
         """
-        features, grid = self.forward_features(inputs, grid)
-        return self.head(self.norm(self.pool(features, grid.segments)))
+        return self.head(self.embed(inputs, grid))
 
 
 register_sizes("elastic_ast", ElasticAST)

@@ -1,23 +1,25 @@
 """Training and evaluation."""
 
+from fastast.train.build import build_method, load_data, make_loader
 from fastast.train.evaluate import Score, evaluate, evaluate_over
 from fastast.train.loop import fit
+from fastast.train.optim import OptimConfig
 from fastast.train.recipe import (
+    AugmentConfig,
     DataConfig,
     FrontendConfig,
     ModelConfig,
     Recipe,
     TrainConfig,
-    build_method,
-    load_data,
-    make_loader,
 )
 from fastast.train.run import RunDirectory, load_model
 
 __all__ = [
+    "AugmentConfig",
     "DataConfig",
     "FrontendConfig",
     "ModelConfig",
+    "OptimConfig",
     "Recipe",
     "RunDirectory",
     "Score",

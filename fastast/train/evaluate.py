@@ -1,15 +1,22 @@
-"""Accuracy of a trained model, also over lengths and time resolutions it was not trained at."""
+"""How well a trained model does, also over lengths and time resolutions it was not trained at."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
-from fastast.data import AudioDataset, PackedLoader
-from fastast.methods import Supervised
-from fastast.train.recipe import Recipe, make_loader
+from fastast.data import AudioDataset, LeftOut, PackedLoader
+from fastast.train.bar import progress_bar
+from fastast.train.build import make_loader
+from fastast.train.distributed import joined
+from fastast.train.metrics import ClassScore, measure
+from fastast.train.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -17,44 +24,148 @@ class Score:
     """What one pass over a data set gave.
 
     Attributes:
-        accuracy: share of the clips whose most likely class is theirs, in [0, 1].
-        loss: mean over the clips.
+        metrics: ``accuracy`` (single-label data alone), ``mAP``, ``mAUC`` and ``d_prime``, as
+            :mod:`fastast.train.metrics` defines them; None where one is undefined.
+        loss: the method's, mean over the clips.
         clips: number of clips evaluated.
         tokens: number of tokens computed.
+        left_out: the clips that should have been evaluated but could not be read.
+        per_class: of each class, in the order of the logits.
     """
 
-    accuracy: float
+    metrics: dict[str, float | None]
     loss: float
     clips: int
     tokens: int
+    left_out: tuple[LeftOut, ...] = ()
+    per_class: list[ClassScore] = field(default_factory=list, repr=False)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Top-1 accuracy in [0, 1]; None for multi-label data."""
+        return self.metrics.get("accuracy")
+
+    @property
+    def absent_classes(self) -> int:
+        """Classes that no clip has; they take no part in mAP and mAUC."""
+        return sum(score.positives == 0 for score in self.per_class)
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """The metrics, loss and counts as one flat dictionary that JSON can hold."""
+        return self.metrics | {
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            "clips": self.clips,
+            "left_out": len(self.left_out),
+            "absent_classes": self.absent_classes,
+            "tokens": self.tokens,
+        }
+
+
+class _Part(NamedTuple):
+    """What one rank has computed: a row of ids, logits and targets per clip, and sums."""
+
+    ids: Tensor
+    logits: Tensor
+    targets: Tensor
+    loss: float
+    tokens: int
+    left_out: tuple[LeftOut, ...]
 
 
 @torch.inference_mode()
-def evaluate(method: Supervised, loader: PackedLoader, device: torch.device | str) -> Score:
-    """Runs every clip of the loader once, without augmentation."""
+def evaluate(
+    method: nn.Module,
+    loader: PackedLoader,
+    device: torch.device | str,
+    *,
+    title: str | None = None,
+) -> Score:
+    """Runs every clip of the loader once, without augmentation.
+
+    In a process group each rank runs the batches that ``loader.epoch(0)`` deals to it, and all
+    ranks return the score of all clips. Ranks may have unequal numbers of batches or none, so
+    ``method`` must not communicate: pass what DDP wraps, not the wrapper.
+
+    Args:
+        method: ``method(batch)`` gives ``logits`` ``[segments, classes]`` and ``loss``, such as
+            :class:`~fastast.methods.Supervised`.
+        loader: of the clips, unshuffled.
+        device: of the method.
+        title: of a progress bar, where the output is a terminal. Default: none.
+
+    Raises:
+        ValueError: there is no clip to evaluate, or clips have no label.
+    """
     training = method.training
     method.eval()
-    correct = loss = torch.zeros((), device=device)
-    clips = tokens = 0
-    for batch in loader.epoch(0):
-        clips += batch.num_clips
-        tokens += batch.num_tokens
-        batch = batch.to(device, non_blocking=True)
-        out = method(batch)
-        correct = correct + (out["logits"].argmax(1) == batch.targets).sum()
-        loss = loss + out["loss"] * batch.num_clips
-    method.train(training)
-    return Score(correct.item() / clips, loss.item() / clips, clips, tokens)
+    try:
+        part = _run(method, loader, device, title)
+    finally:
+        method.train(training)
+    with joined() as ranks:
+        return _score(ranks.gather(part), tuple(loader.dataset.left_out))
+
+
+def _run(
+    method: nn.Module, loader: PackedLoader, device: torch.device | str, title: str | None
+) -> _Part:
+    ids, logits, targets = [torch.empty(0, dtype=torch.int64)], [], []
+    loss, tokens, left_out = torch.zeros((), device=device), 0, ()
+    with progress_bar(title, loader.num_batches(0), "batches") as advance:
+        for batch in loader.epoch(0):
+            real = (batch.clip_ids >= 0).nonzero()[:, 0]
+            tokens += batch.num_tokens
+            left_out += tuple(batch.left_out)
+            ids.append(batch.clip_ids[real])
+            targets.append(batch.targets[real])
+            batch = batch.to(device, non_blocking=True)
+            out = method(batch)
+            # The logits stay on the device until the end, so that no batch waits for it.
+            logits.append(out["logits"][real.to(device, non_blocking=True)].float())
+            if len(real):
+                loss = loss + out["loss"] * batch.loss_denominator
+            advance(1)
+    return _Part(
+        torch.cat(ids),
+        torch.cat(logits).cpu() if logits else torch.empty(0),
+        torch.cat(targets) if targets else torch.empty(0),
+        loss.item(),
+        tokens,
+        left_out,
+    )
+
+
+def _score(parts: Sequence[_Part], left_out: tuple[LeftOut, ...]) -> Score:
+    """Puts the parts together; each clip counts once, whatever rank or order it came in."""
+    left_out += tuple(clip for part in parts for clip in part.left_out)
+    parts = [part for part in parts if len(part.ids)]
+    if not parts:
+        raise ValueError(f"there is no clip to evaluate; {len(left_out)} were left out")
+    ids = torch.cat([part.ids for part in parts])
+    order = torch.from_numpy(np.unique(ids.numpy(), return_index=True)[1])
+    logits = torch.cat([part.logits for part in parts])[order]
+    targets = torch.cat([part.targets for part in parts])[order]
+    metrics, per_class = measure(logits, targets)
+    return Score(
+        metrics,
+        math.fsum(part.loss for part in parts) / len(ids),
+        len(order),
+        sum(part.tokens for part in parts),
+        left_out,
+        per_class,
+    )
 
 
 def evaluate_over(
-    method: Supervised,
+    method: nn.Module,
     recipe: Recipe,
     dataset: AudioDataset,
     *,
     lengths: Sequence[float] = (),
     compression: Sequence[float] = (),
     device: torch.device | str = "cpu",
+    workers: int = 0,
+    title: str | None = None,
 ) -> dict[str, list[dict]]:
     """Evaluates at several lengths and at several frame shifts.
 
@@ -67,16 +178,19 @@ def evaluate_over(
         lengths: in seconds.
         compression: factors on ``frontend.frame_shift_ms``.
         device: of the method.
+        workers: processes that decode; 0 leaves it to a thread.
+        title: of a progress bar, as for :func:`evaluate`.
 
     Returns:
-        ``{"lengths": [...], "compression": [...]}`` of rows with ``at`` (the length or factor),
-        ``accuracy``, ``loss``, ``clips`` and ``tokens``.
+        ``{"lengths": [...], "compression": [...]}`` of rows with ``at`` (the length or factor)
+        and all of :meth:`Score.to_dict`.
     """
-    rows: dict[str, list[dict]] = {"lengths": [], "compression": []}
-    for seconds in lengths:
-        loader = make_loader(recipe, dataset, method.model.geometry, seconds=seconds)
-        rows["lengths"].append({"at": seconds} | vars(evaluate(method, loader, device)))
-    for factor in compression:
-        loader = make_loader(recipe, dataset, method.model.geometry, compression=factor)
-        rows["compression"].append({"at": factor} | vars(evaluate(method, loader, device)))
-    return rows
+
+    def row(at: float, **setting: float) -> dict:
+        loader = make_loader(recipe, dataset, method.model.geometry, workers=workers, **setting)
+        return {"at": at} | evaluate(method, loader, device, title=title).to_dict()
+
+    return {
+        "lengths": [row(seconds, seconds=seconds) for seconds in lengths],
+        "compression": [row(factor, compression=factor) for factor in compression],
+    }

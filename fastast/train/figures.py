@@ -1,8 +1,10 @@
-"""Figures of runs and evaluations."""
+"""Figures of features, runs and evaluations."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
+from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -10,11 +12,21 @@ matplotlib.use("Agg")  # files only; no display is needed
 
 import matplotlib.pyplot as plt  # noqa: E402
 
+from fastast.train.metrics import headline  # noqa: E402
+
+if TYPE_CHECKING:
+    from fastast.train.features import Features
+    from fastast.train.metrics import ClassScore
+
+_MOST_BARS = 60
+
 
 def plot_curves(
     models: dict[str, dict[str, list[dict]]], path: str | PathLike, frame_shift_ms: float
 ) -> None:
     """Accuracy over clip length and over time resolution, as in ElasticAST's figures 4 and 5.
+
+    Of multi-label data, mAP.
 
     Args:
         models: name to what :func:`~fastast.train.evaluate_over` returned for it.
@@ -26,6 +38,7 @@ def plot_curves(
         for key, label in (("lengths", "clip length (s)"), ("compression", "frame shift (ms)"))
         if any(rows[key] for rows in models.values())
     ]
+    metric = headline(next(row for rows in models.values() for row in rows[panels[0][0]]))
     figure, axes = plt.subplots(
         1, len(panels), figsize=(5 * len(panels), 3.6), sharey=True, squeeze=False
     )
@@ -34,12 +47,96 @@ def plot_curves(
             at = [row["at"] for row in rows[key]]
             if key == "compression":
                 at = [factor * frame_shift_ms for factor in at]
-            axis.plot(at, [100 * row["accuracy"] for row in rows[key]], "o-", label=name)
+            axis.plot(at, [_percent(row[metric]) for row in rows[key]], "o-", label=name)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("accuracy (%)")
+    axes[0, 0].set_ylabel(f"{metric} (%)")
     axes[0, 0].set_ylim(0, 102)
     axes[0, -1].legend()
+    _save(figure, path)
+
+
+def plot_per_class(classes: Sequence[tuple[str, ClassScore]], path: str | PathLike) -> None:
+    """Average precision of each class as a bar, in the order given; classes without one last.
+
+    Of more than 60 classes, the first and the last 30 that have one.
+
+    Args:
+        classes: name and score of each, best first.
+        path: of the image.
+    """
+    shown = [(name, score) for name, score in classes if score.ap is not None]
+    gap = []
+    if len(shown) > _MOST_BARS:
+        half = _MOST_BARS // 2
+        gap = [half - 0.5]
+        shown = shown[:half] + shown[-half:]
+    figure, axis = plt.subplots(figsize=(7, 1 + 0.2 * max(len(shown), 4)))
+    axis.barh(range(len(shown)), [100 * score.ap for _, score in shown])
+    axis.set_yticks(
+        range(len(shown)), [f"{name} ({score.positives})" for name, score in shown], fontsize=8
+    )
+    for place in gap:
+        axis.axhline(place, color="black", linestyle=":")
+    axis.set_ylim(len(shown) - 0.5, -0.5)
+    axis.set_xlim(0, 100)
+    axis.set_xlabel("average precision (%); clips of the class in brackets")
+    axis.grid(axis="x", alpha=0.3)
+    _save(figure, path)
+
+
+def plot_features(features: Sequence[Features], path: str | PathLike) -> None:
+    """Spectrograms below each other, each with its own time axis.
+
+    Args:
+        features: of one or more files.
+        path: of the image.
+    """
+    rows = len(features)
+    figure, axes = plt.subplots(rows, 1, figsize=(9, 0.6 + 2.2 * rows), squeeze=False)
+    for axis, each in zip(axes[:, 0], features, strict=True):
+        frames, mels = each.frames.shape
+        seconds = frames * each.frame_shift_ms / 1000
+        image = axis.imshow(
+            each.frames.T,
+            origin="lower",
+            aspect="auto",
+            interpolation="nearest",
+            cmap="magma",
+            extent=(0, seconds, 0, mels),
+        )
+        axis.set_title(each.path, fontsize=8, loc="left")
+        axis.set_ylabel("mel bin")
+        figure.colorbar(image, ax=axis, pad=0.01, label="log energy")
+    axes[-1, 0].set_xlabel("time (s)")
+    _save(figure, path, dpi=100)
+
+
+def plot_learning_curves(
+    panels: dict[str, dict[str, tuple[Sequence[float], Sequence[float]]]], path: str | PathLike
+) -> None:
+    """Measurements over optimiser steps, a panel for each kind and a line for each run.
+
+    Args:
+        panels: label of the panel to name of the run to steps and values.
+        path: of the image.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), squeeze=False)
+    for axis, (label, runs) in zip(axes[0], panels.items(), strict=True):
+        for name, (steps, values) in runs.items():
+            axis.plot(steps, values, ".-", label=name)
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    _save(figure, path)
+
+
+def _percent(share: float | None) -> float:
+    return float("nan") if share is None else 100 * share
+
+
+def _save(figure: plt.Figure, path: str | PathLike, dpi: int = 150) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=dpi)
     plt.close(figure)

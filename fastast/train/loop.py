@@ -2,37 +2,100 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from fastast.data import AudioDataset
+from fastast.data import AudioDataset, AudioError, Batch, LeftOut
 from fastast.ops import hop_from_ms
 from fastast.random import random_bits
-from fastast.train.evaluate import evaluate
-from fastast.train.progress import Progress
-from fastast.train.recipe import (
-    Recipe,
-    TrainConfig,
+from fastast.train.averaging import EMA, EpochMean, average_files
+from fastast.train.build import (
+    Splits,
     build_filterbank,
     build_method,
     finest_shift,
     load_data,
     make_loader,
 )
+from fastast.train.distributed import Ranks, joined
+from fastast.train.evaluate import Score, evaluate
+from fastast.train.log import RunLog
+from fastast.train.meter import Meter
+from fastast.train.optim import clip_gradients, make_optimizer
+from fastast.train.progress import Progress
+from fastast.train.recipe import Recipe, TrainConfig
 from fastast.train.run import RunDirectory
-from fastast.train.schedule import make_optimizer, warmup_cosine
+from fastast.train.schedule import Schedule
+from fastast.train.signals import StopRequest
+from fastast.train.stopping import EarlyStopping
+
+FREE_TO_CHANGE = {
+    ("data", "root"),
+    ("train", "device"),
+    ("train", "accumulate"),
+    ("train", "workers"),
+    ("train", "checkpoint_minutes"),
+    ("train", "log_every"),
+    ("train", "log_clips"),
+}
+"""What a run may be resumed with that it was not started with: it changes no number."""
+
+MOST_BAD = 100
+"""Files that may be unusable, however few there are."""
 
 
-def pick_device(name: str) -> torch.device:
+def fit(
+    recipe: Recipe, run_dir: str | os.PathLike, *, resume: bool = False, quiet: bool = False
+) -> nn.Module:
+    """Trains a model and keeps everything of the run in a directory.
+
+    The state is saved after each epoch, every few minutes, and when the run is asked to stop
+    (SIGTERM, Ctrl-C). A run that was stopped or killed resumes from there and goes on as if
+    nothing had happened: on the same machine with the same number of processes, every loss is
+    the same to the bit (compiled runs on GPUs excepted).
+
+    Under torchrun, the processes share the batches of each step, and the loss is the mean over
+    the clips of all of them.
+
+    Args:
+        recipe: all settings.
+        run_dir: see :mod:`fastast.train.run`.
+        resume: go on with the run in ``run_dir`` (or begin it, if there is none).
+        quiet: show no progress.
+
+    Returns:
+        The trained method with the weights that the recipe keeps, in evaluation mode.
+
+    Raises:
+        ValueError: settings or data that do not fit together, or ``run_dir`` holds a run and
+            ``resume`` is not set.
+        FloatingPointError: a loss is not finite.
+        AudioError: a file cannot be read, and ``data.bad_files`` is ``stop``.
+    """
+    with joined() as ranks:
+        return _Training(recipe, RunDirectory(run_dir), ranks, resume, quiet).run_to_the_end()
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """``"auto"`` is a GPU if there is one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def pick_workers(config: TrainConfig, device: torch.device, local_ranks: int) -> int:
+    """Processes that decode for one rank."""
+    if config.workers is not None:
+        return config.workers
+    return min(8, (os.cpu_count() or 1) // local_ranks) if device.type == "cuda" else 0
 
 
 def measure_statistics(recipe: Recipe, dataset: AudioDataset, clips: int = 500) -> Recipe:
@@ -51,7 +114,13 @@ def measure_statistics(recipe: Recipe, dataset: AudioDataset, clips: int = 500) 
     keys = random_bits(0, 0, torch.from_numpy(dataset.clip_ids), "statistics", 1)[:, 0]
     count, total, squares = 0, 0.0, 0.0
     for index in keys.argsort()[:clips].tolist():
-        frames = filterbank([dataset.waveform(index)], frame_shift=shift).frames.double()
+        try:
+            waveform = dataset.waveform(index)
+        except AudioError:
+            if recipe.data.bad_files == "stop":
+                raise
+            continue
+        frames = filterbank([waveform], frame_shift=shift).frames.double()
         count += frames.numel()
         total += frames.sum().item()
         squares += frames.square().sum().item()
@@ -65,216 +134,404 @@ def measure_statistics(recipe: Recipe, dataset: AudioDataset, clips: int = 500) 
     return replace(recipe, frontend=replace(front, mean=round(mean, 4), std=round(std, 4)))
 
 
-def fit(
-    recipe: Recipe, run_dir: str | os.PathLike, *, resume: bool = False, quiet: bool = False
-) -> nn.Module:
-    """Trains a model and keeps everything of the run in a directory.
+class _Training:
+    """A run under way: what it is made of, and how far it has come.
 
-    After each epoch the state is saved; a run that was stopped or killed resumes from there and
-    goes on as if nothing had happened.
-
-    Args:
-        recipe: all settings.
-        run_dir: see :mod:`fastast.train.run`.
-        resume: go on with the run in ``run_dir`` (or begin it, if there is none).
-        quiet: show no progress.
-
-    Returns:
-        The trained method, in evaluation mode.
-
-    Raises:
-        ValueError: settings or data that do not fit together, or ``run_dir`` holds a run and
-            ``resume`` is not set.
-        FloatingPointError: the loss is not finite.
+    Attributes:
+        epoch: epochs done.
+        epoch_step: steps done of the next one.
+        step: steps done in all.
+        tokens: that they have seen, on all ranks.
     """
-    run, config = RunDirectory(run_dir), recipe.train
-    resumed = run.checkpoint_path.exists()
-    if resumed and not resume:
-        raise ValueError(
-            f"{run.path} holds a run already; resume it (--resume), or choose another --run-dir"
-        )
-    device = pick_device(config.device)
-    bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
-    compiled = device.type == "cuda" if config.compile is None else config.compile
 
-    state = run.load_checkpoint() if resumed else None
-    if state is not None:
-        started = Recipe.from_dict(state["recipe"])
-        check_same_recipe(started, recipe, run)
-        recipe = replace(recipe, frontend=started.frontend)  # with the statistics measured then
-    data = load_data(recipe.data)
-    identity = {
+    def __init__(
+        self, recipe: Recipe, run: RunDirectory, ranks: Ranks, resume: bool, quiet: bool
+    ) -> None:
+        self.run, self.ranks = run, ranks
+        self.quiet = quiet or not ranks.is_first
+        self.progress = Progress(run.path.name, quiet=self.quiet)
+        config = recipe.train
+        self.device = pick_device(config.device, ranks.local_rank)
+        on_gpu = self.device.type == "cuda"
+        self.bf16 = on_gpu if config.bf16 is None else config.bf16
+        compiled = on_gpu if config.compile is None else config.compile
+
+        state = self._saved_state(resume)
+        if state is not None:
+            started = Recipe.from_dict(state["recipe"])
+            check_same_recipe(started, recipe, run)
+            recipe = replace(recipe, frontend=started.frontend)  # with the statistics measured then
+        data = load_data(recipe.data, ("train", "validation"))
+        self.identity = data_identity(data)
+        for name in ("train", "validation"):
+            if part := getattr(data, name):
+                self.progress.say(f"{name}: {part.summary()}")
+        if state is not None and state["data"] != self.identity:
+            raise ValueError(
+                f"the clips in {recipe.data.root} are not those that {run.path} was started with; "
+                "restore them, or choose another --run-dir"
+            )
+        if state is None:
+            recipe = ranks.from_first(
+                measure_statistics(recipe, data.train) if ranks.is_first else None
+            )
+        self.recipe, self.config = recipe, recipe.train
+        self.class_names, self.multi_label = data.train.class_names, data.train.multi_label
+        self.metric = config.metric or ("mAP" if self.multi_label else "accuracy")
+        self._check_validation(data)
+
+        torch.manual_seed(config.seed)
+        self.method = build_method(recipe, len(self.class_names), multi_label=self.multi_label)
+        self.method.to(self.device)
+        geometry = self.method.model.geometry
+        shared = {
+            "rank": ranks.rank,
+            "ranks": ranks.size,
+            "workers": pick_workers(config, self.device, ranks.local_size),
+            "pin_memory": on_gpu,
+        }
+        self.loader = make_loader(
+            recipe, data.train, geometry, training=True, fixed_shapes=compiled, **shared
+        )
+        self.validation = None
+        if data.validation is not None:
+            self.validation = make_loader(recipe, data.validation, geometry, **shared)
+
+        self.optimizer = make_optimizer(self.method, recipe.optim)
+        mode = "min" if self.metric == "loss" else "max"
+        self.schedule = Schedule(recipe.optim, mode)
+        self.stopping = EarlyStopping(config.patience, mode) if config.patience else None
+        self.average: EMA | EpochMean | None = None
+        if config.average == "ema":
+            self.average = EMA(self.method.model, config.ema_decay, warmup=True)
+        elif config.average == "epochs":
+            self.average = EpochMean(self.method.model, config.average_from)
+        self.best: list[tuple[float, str]] = []
+        self.meter = Meter(self.device, ranks)
+        self.epoch = self.epoch_step = self.step = self.tokens = 0
+        self.lr, self.over = 0.0, False
+        self.clips: list[int] = []
+        self.undecodable: dict[str, str] = {}
+        if state is not None:
+            self._restore(state)
+        elif ranks.is_first:
+            run.start(recipe)
+        self.log = RunLog(run, self.step, enabled=ranks.is_first)
+        if ranks.is_first:
+            run.note_left_out([*data.train.left_out, *(data.validation or data.train).left_out])
+
+        forward = torch.compile(self.method, fullgraph=True) if compiled else self.method
+        self.forward = forward
+        if ranks.size > 1:
+            self.forward = DistributedDataParallel(
+                forward, [self.device] if on_gpu else None, broadcast_buffers=False
+            )
+
+    def run_to_the_end(self) -> nn.Module:
+        self.saved_at = time.monotonic()
+        with (
+            StopRequest() as self.stop,
+            self.progress,
+            contextlib.closing(self.log),
+        ):
+            while not self.over and self._share_done() < 1:
+                self._train_epoch()
+                self._finish_epoch()
+            return self._finish()
+
+    def _train_epoch(self) -> None:
+        self.method.train()
+        plan = self.loader.planner.plan(self.epoch)
+        num_steps, step_tokens = plan.num_steps, plan.step_tokens
+        batches = self.loader.epoch(self.epoch, self.epoch_step)
+        with contextlib.closing(batches):
+            waiting = self.meter.waits(batches)
+            while self.epoch_step < num_steps:
+                done = self._share_done(self.epoch_step / num_steps)
+                if done >= 1:
+                    break
+                epoch = self.epoch + self.epoch_step / num_steps
+                self.lr = self.schedule.apply(
+                    self.optimizer, step=self.step, epoch=epoch, done=done
+                )
+                self._train_step([next(waiting) for _ in range(self.config.accumulate)])
+                self.tokens += int(step_tokens[self.epoch_step])
+                self.step += 1
+                self.epoch_step += 1
+                if self.step % self.config.log_every == 0:
+                    self._log_steps()
+                    self.progress.step(self._share_done(self.epoch_step / num_steps), self.meter)
+                self._save_if_due()
+        self._log_steps()
+
+    def _train_step(self, batches: list[Batch]) -> None:
+        loss = torch.zeros((), device=self.device)
+        for index, batch in enumerate(batches):
+            self.meter.count(batch)
+            if self.config.log_clips:
+                self.clips += batch.clip_ids[batch.clip_ids >= 0].tolist()
+            if batch.left_out:
+                self._note_left_out(batch.left_out)
+            batch = batch.to(self.device, non_blocking=True)
+            last = index == len(batches) - 1
+            # Gradients go over the ranks once, after the last batch.
+            wait = self.ranks.size > 1 and not last
+            with self.forward.no_sync() if wait else contextlib.nullcontext():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                    part = self.forward(batch)["loss"]
+                part.backward()
+            loss = loss + part.detach()
+        norm = clip_gradients(self.method.parameters(), self.recipe.optim)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self.average, EMA):
+            self.average.update(self.method.model)
+        self.meter.add(loss, norm)
+
+    def _log_steps(self) -> None:
+        """Writes a line about the steps since the last one."""
+        self._pull()
+        if not self.meter.has_window:
+            return
+        record = {"epoch": self.epoch, "step": self.step, "tokens": self.tokens, "lr": self.lr}
+        record |= self.meter.window()
+        if self.config.log_clips:
+            record["clips"] = sorted(sum(self.ranks.gather(self.clips), []))
+            self.clips.clear()
+        self.log.write("train", record)
+
+    def _pull(self) -> None:
+        """Fetches the losses from the device and stops a run that has diverged.
+
+        That comes before every checkpoint, so that a bad state never replaces the last good one.
+        """
+        pulled = self.meter.pull()
+        for step, (loss, norm) in enumerate(pulled, self.step - len(pulled)):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                path = self.run.checkpoint_path
+                kept = f" {path} still holds the state before it" if path.exists() else ""
+                raise FloatingPointError(
+                    f"loss is {loss} and gradient_norm is {norm} in step {step} (epoch "
+                    f"{self.epoch}): lower optim.lr or check the data.{kept}"
+                )
+
+    def _finish_epoch(self) -> None:
+        """Validates, logs and saves."""
+        self.epoch, self.epoch_step = self.epoch + 1, 0
+        record = {"epoch": self.epoch - 1, "step": self.step, "tokens": self.tokens, "lr": self.lr}
+        record |= self.meter.summary()
+        if isinstance(self.average, EpochMean):
+            self.average.update(self.method.model, self.epoch)
+        if self.validation is not None:
+            averaged = self.average.weights() if isinstance(self.average, EMA) else None
+            with exchanged_weights(self.method.model, averaged):
+                score = evaluate(self.method, self.validation, self.device, title=self._title())
+            record |= {f"validation_{name}": value for name, value in score.to_dict().items()}
+            self._note_left_out(score.left_out)
+            self._judge(score)
+        self.log.write("epoch", record)
+        self.progress.epoch(self._share_done(), record)
+        self.meter = Meter(self.device, self.ranks)
+        self._save_model()
+        self._save()
+
+    def _judge(self, score: Score) -> None:
+        """Lets the plateau schedule, early stopping and the list of best epochs see a score."""
+        value = score.loss if self.metric == "loss" else score.metrics.get(self.metric)
+        value = math.nan if value is None else value
+        self.schedule.observe(value)
+        if self.stopping is not None and self.stopping.update(value):
+            self.over = True
+        if self.config.average == "best" and math.isfinite(value):
+            rank = value if self.metric == "loss" else -value
+            name = f"epoch-{self.epoch:04}.safetensors"
+            self.best = sorted([*self.best, (rank, name)])[: self.config.average_best]
+            if self.ranks.is_first and (rank, name) in self.best:
+                self.run.save_best(self.method.model.state_dict(), name)
+
+    def _finish(self) -> nn.Module:
+        """Puts the weights that the recipe keeps into the method, and measures them."""
+        kept = self._kept_weights()
+        if kept is not None:
+            self.method.model.load_state_dict(kept)
+            if self.validation is not None and self.config.average != "ema":
+                score = evaluate(self.method, self.validation, self.device, title=self._title())
+                record = {f"validation_{name}": value for name, value in score.to_dict().items()}
+                self.log.write("final", {"epoch": self.epoch - 1, "step": self.step} | record)
+        left_out = self.run.note_left_out([]) if self.ranks.is_first else 0
+        if left_out:
+            self.progress.say(
+                f"{left_out} files could not be used; they are listed, with the reasons, in "
+                f"{self.run.left_out_path}"
+            )
+        return self.method.eval()
+
+    def _kept_weights(self) -> dict[str, Tensor] | None:
+        """The average that the recipe asks for; None for the last weights."""
+        if isinstance(self.average, EMA) or (self.average is not None and self.average.updates):
+            return self.average.weights()
+        if self.best:
+            return average_files(self.run.best_paths(name for _, name in self.best))
+        return None
+
+    def _save_model(self) -> None:
+        if self.ranks.is_first:
+            self.run.save_model(
+                self._kept_weights() or self.method.model.state_dict(),
+                self.recipe,
+                self.class_names,
+                multi_label=self.multi_label,
+            )
+
+    def _save_if_due(self) -> None:
+        """Saves within an epoch, when the time has come or the run is to stop."""
+        due = time.monotonic() - self.saved_at >= 60 * self.config.checkpoint_minutes
+        due, stop = self.ranks.any(due, self.stop.signal is not None)
+        if due or stop:
+            self._save()
+        if stop:
+            self.progress.say(f"stopped after step {self.step}; resume to go on")
+            self.stop.leave()
+
+    def _save(self) -> None:
+        self._pull()
+        clips, left_out = zip(*self.ranks.gather((self.clips, self.undecodable)), strict=True)
+        if self.ranks.is_first:
+            self.run.note_left_out(entry for part in left_out for entry in part.items())
+            self.run.save_checkpoint(
+                {
+                    "recipe": self.recipe.to_dict(),
+                    "data": self.identity,
+                    "batches_per_step": self.loader.planner.packing.group,
+                    "model": self.method.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "schedule": self.schedule.state_dict(),
+                    "stopping": self.stopping.state_dict() if self.stopping else None,
+                    "average": self.average.state_dict() if self.average else None,
+                    "best": [list(entry) for entry in self.best],
+                    "epoch": self.epoch,
+                    "epoch_step": self.epoch_step,
+                    "step": self.step,
+                    "tokens": self.tokens,
+                    "lr": self.lr,
+                    "over": self.over,
+                    "meter": self.meter.state_dict(),
+                    "clips": list(clips),
+                    "log_size": self.log.size(),
+                    "rng": torch.get_rng_state(),
+                }
+            )
+            self.run.keep_best(name for _, name in self.best)
+        self.saved_at = time.monotonic()
+
+    def _saved_state(self, resume: bool) -> dict | None:
+        exists = self.run.checkpoint_path.exists()
+        if exists and not resume:
+            raise ValueError(
+                f"{self.run.path} holds a run already; resume it (--resume), or choose another "
+                "--run-dir"
+            )
+        return self.run.load_checkpoint() if exists else None
+
+    def _restore(self, state: dict) -> None:
+        group = self.loader.planner.packing.group
+        if state["epoch_step"] and state["batches_per_step"] != group:
+            raise ValueError(
+                f"{self.run.path} stopped within an epoch of {state['batches_per_step']} batches "
+                f"per step, which cannot go on with {group}: choose train.accumulate so that it "
+                "makes as many with the number of processes"
+            )
+        self.method.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.stopping is not None:
+            self.stopping.load_state_dict(state["stopping"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.best = [tuple(entry) for entry in state["best"]]
+        for name in ("epoch", "epoch_step", "step", "tokens", "lr", "over"):
+            setattr(self, name, state[name])
+        self.meter.load_state_dict(state["meter"])
+        if self.ranks.is_first:
+            self.clips = sum(state["clips"], [])
+            self.run.sweep()
+            self.run.cut_log(state["log_size"])
+        torch.set_rng_state(state["rng"])
+
+    def _share_done(self, within_epoch: float = 0.0) -> float:
+        """Share of the run that is over, by epochs or by tokens, whichever is nearer its end."""
+        limit = self.config.max_tokens
+        by_tokens = self.tokens / limit if limit else 0.0
+        return min(1.0, max((self.epoch + within_epoch) / self.config.epochs, by_tokens))
+
+    def _note_left_out(self, left_out: Sequence[LeftOut]) -> None:
+        """Notes files that could not be decoded; stops the run when that is not the exception."""
+        self.undecodable.update(left_out)
+        if len(self.undecodable) > max(MOST_BAD, len(self.loader.dataset) // 2):
+            source, reason = left_out[-1]
+            raise ValueError(
+                f"more than half of the clips cannot be decoded, the last one being {source}: "
+                f"{reason}; is the disk there?"
+            )
+
+    def _check_validation(self, data: Splits) -> None:
+        asks = {
+            "train.average='best'": self.config.average == "best",
+            "train.patience": self.config.patience is not None,
+            "optim.schedule='plateau'": self.recipe.optim.schedule == "plateau",
+        }
+        for setting, asked in asks.items():
+            if asked and data.validation is None:
+                raise ValueError(f"{setting} needs clips to validate on: set data.validation")
+
+    def _title(self) -> str | None:
+        return None if self.quiet else "validation"
+
+
+@contextlib.contextmanager
+def exchanged_weights(model: nn.Module, weights: dict[str, Tensor] | None) -> Iterator[None]:
+    """Puts other weights into a model for a while; None leaves its own."""
+    if weights is None:
+        yield
+        return
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(weights)
+    try:
+        yield
+    finally:
+        model.load_state_dict(own)
+
+
+def data_identity(data: Splits) -> dict:
+    """What tells whether the clips are still the same."""
+    return {
         "class_names": data.train.class_names,
         "train": data.train.digest(),
         "validation": data.validation.digest() if data.validation else "",
     }
-    if state is not None and state["data"] != identity:
-        raise ValueError(
-            f"the clips in {recipe.data.root} are not those that {run.path} was started with; "
-            "restore them, or choose another --run-dir"
-        )
-    recipe = measure_statistics(recipe, data.train)
-    torch.manual_seed(config.seed)
-    method = build_method(recipe, len(data.train.class_names)).to(device)
-    geometry = method.model.geometry
-    optimizer = make_optimizer(method, config.lr, config.weight_decay)
-    first_epoch = step = tokens = 0
-    if state is None:
-        run.start(recipe)
-    else:
-        method.model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first_epoch, step, tokens = state["epoch"], state["step"], state["tokens"]
-        run.rewind(first_epoch)
-
-    training = make_loader(
-        recipe,
-        data.train,
-        geometry,
-        training=True,
-        fixed_shapes=compiled,
-        pin_memory=device.type == "cuda",
-    )
-    validation = make_loader(recipe, data.validation, geometry) if data.validation else None
-    train_step = torch.compile(method, fullgraph=True) if compiled else method
-
-    with Progress(run.path.name, quiet=quiet) as progress:
-        for epoch in range(first_epoch, config.epochs):
-            if share_done(config, epoch, tokens) >= 1:
-                break
-            method.train()
-            meter = Meter(device)
-            num_batches = training.num_batches(epoch)
-            for index, batch in enumerate(training.epoch(epoch)):
-                done = share_done(config, epoch + index / num_batches, tokens)
-                if done >= 1:
-                    break
-                lr = config.lr * warmup_cosine(done, config.warmup)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                meter.count(batch)
-                tokens += batch.num_tokens
-                batch = batch.to(device, non_blocking=True)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    loss = train_step(batch)["loss"]
-                loss.backward()
-                norm = nn.utils.clip_grad_norm_(method.parameters(), config.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                step += 1
-                meter.add(loss.detach(), norm)
-                progress.step(done, meter)
-
-            record = {"epoch": epoch, "step": step, "tokens": tokens, "lr": lr} | meter.summary()
-            if validation:
-                score = evaluate(method, validation, device)
-                record["validation_accuracy"] = score.accuracy
-                record["validation_loss"] = score.loss
-            check_finite(record, run)
-            run.log(record)
-            progress.epoch(share_done(config, epoch + 1, tokens), record)
-            run.save_model(method.model, recipe, data.train.class_names)
-            run.save_checkpoint(
-                {
-                    "recipe": recipe.to_dict(),
-                    "data": identity,
-                    "model": method.model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "epoch": epoch + 1,
-                    "step": step,
-                    "tokens": tokens,
-                }
-            )
-    return method.eval()
-
-
-def share_done(config: TrainConfig, epochs: float, tokens: int) -> float:
-    """Share of a run that is over after so many epochs and tokens, whichever is nearer its end."""
-    by_tokens = tokens / config.max_tokens if config.max_tokens else 0.0
-    return min(1.0, max(epochs / config.epochs, by_tokens))
-
-
-def check_finite(record: dict, run: RunDirectory) -> None:
-    """Stops a run that has diverged, before its state replaces the last good one."""
-    bad = {
-        name: value
-        for name, value in record.items()
-        if isinstance(value, float) and not math.isfinite(value)
-    }
-    if not bad:
-        return
-    kept = (
-        f" {run.checkpoint_path} still holds the state before it"
-        if run.checkpoint_path.exists()
-        else ""
-    )
-    found = ", ".join(f"{name} is {value}" for name, value in bad.items())
-    raise FloatingPointError(
-        f"{found} in epoch {record['epoch']}: lower train.lr or check the data.{kept}"
-    )
 
 
 def check_same_recipe(old: Recipe, new: Recipe, run: RunDirectory) -> None:
     """Rejects resuming a run under settings that it was not started with.
 
-    The device and the place of the data may be others; that the clips are the same is checked
-    by their digest.
+    What changes no number may differ (:data:`FREE_TO_CHANGE`); that the clips are the same is
+    checked by themselves. Statistics that the recipe leaves open may have been measured.
+
+    Raises:
+        ValueError: naming what differs.
     """
-    if new.frontend.mean is None or new.frontend.std is None:  # measured when the run began
-        new = replace(
-            new, frontend=replace(new.frontend, mean=old.frontend.mean, std=old.frontend.std)
-        )
     before, after = old.to_dict(), new.to_dict()
+    for name in ("mean", "std"):
+        if after["frontend"][name] is None:
+            after["frontend"][name] = before["frontend"][name]
     changed = [
         f"{part}.{name}: {before[part][name]} -> {after[part][name]}"
         for part in before
         for name in before[part]
-        if before[part][name] != after[part][name]
-        and (part, name) not in (("train", "device"), ("data", "root"))
+        if before[part][name] != after[part][name] and (part, name) not in FREE_TO_CHANGE
     ]
     if changed:
         raise ValueError(
             f"{run.path} was started with other settings ({'; '.join(changed)}); "
             "resume with the old ones, or choose another --run-dir"
         )
-
-
-class Meter:
-    """Rates, loss and gradient norm of an epoch; the latter two stay on the device till asked."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.start = time.perf_counter()
-        self.clips = self.tokens = self.rows = self.batches = 0
-        self.seconds = 0.0
-        self.loss = self.norm = torch.zeros((), device=device)
-
-    def count(self, batch) -> None:
-        """Notes what a batch holds."""
-        self.clips += batch.num_clips
-        self.seconds += batch.audio_seconds
-        self.tokens += batch.num_tokens
-        self.rows += batch.grid.num_rows
-
-    def add(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Notes the loss of a step and the norm of its gradient before clipping."""
-        self.loss = self.loss + loss
-        self.norm = self.norm + norm
-        self.batches += 1
-
-    def summary(self) -> dict:
-        """The epoch in numbers. Waits for the device."""
-        loss, norm = (x.item() / max(self.batches, 1) for x in (self.loss, self.norm))
-        elapsed = time.perf_counter() - self.start
-        summary = {
-            "loss": loss,
-            "gradient_norm": norm,
-            "seconds": elapsed,
-            "clips_per_s": self.clips / elapsed,
-            "tokens_per_s": self.tokens / elapsed,
-            "audio_hours_per_s": self.seconds / 3600 / elapsed,
-            "padding": 1 - self.tokens / max(self.rows, 1),
-        }
-        if self.device.type == "cuda":
-            summary["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        return summary

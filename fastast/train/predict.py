@@ -9,9 +9,11 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from fastast.data import AudioDataset
+from fastast.data import AudioDataset, Manifest
 from fastast.methods import Supervised
-from fastast.train.recipe import Recipe, make_loader
+from fastast.train.bar import progress_bar
+from fastast.train.build import make_loader
+from fastast.train.recipe import Recipe
 
 
 @torch.inference_mode()
@@ -20,8 +22,13 @@ def predict_files(
     recipe: Recipe,
     files: Sequence[str | PathLike],
     device: torch.device | str,
+    *,
+    title: str | None = None,
 ) -> list[Tensor]:
-    """Softmax probabilities ``[classes]`` of each file, on the CPU, in the order of ``files``.
+    """Probabilities ``[classes]`` of each file, on the CPU, in the order of ``files``.
+
+    They add up to one if the method learnt one class per clip (cross-entropy); if it learnt any
+    number of them (binary cross-entropy), each stands for itself.
 
     Args:
         method, recipe: from :func:`~fastast.train.load_model`.
@@ -29,16 +36,23 @@ def predict_files(
             whatever ``data.max_seconds`` was in training; a model of fixed input size reads the
             beginning of it.
         device: of the method.
+        title: of a progress bar, where the output is a terminal. Default: none.
 
     Raises:
         AudioError: a file is missing or cannot be decoded.
     """
-    recipe = replace(recipe, data=replace(recipe.data, max_seconds=None))
-    dataset = AudioDataset(files, [0] * len(files), ["?"], recipe.data.sample_rate)
+    recipe = replace(recipe, data=replace(recipe.data, max_seconds=None, bad_files="stop"))
+    names = [str(number) for number in range(len(files))]  # a file may be asked for twice
+    manifest = Manifest([str(file) for file in files], [()] * len(files), [], names=names)
+    dataset = AudioDataset(manifest, recipe.data.sample_rate, cache=False)
     found: list[Tensor] = [torch.empty(0)] * len(files)
-    for batch in make_loader(recipe, dataset, method.model.geometry).epoch(0):
-        logits = method(batch.to(device))["logits"][: batch.num_clips]
-        order = batch.clip_ids[: batch.num_clips].tolist()
-        for clip, probabilities in zip(order, logits.softmax(1).cpu(), strict=True):
-            found[clip] = probabilities
+    with progress_bar(title, len(files), "files") as advance:
+        for batch in make_loader(recipe, dataset, method.model.geometry).epoch(0):
+            logits = method(batch.to(device))["logits"]
+            single = method.loss == "cross_entropy"
+            probabilities = (logits.softmax(1) if single else logits.sigmoid()).cpu()
+            for clip, row in zip(batch.clip_ids.tolist(), probabilities, strict=True):
+                if clip >= 0:
+                    found[clip] = row
+            advance(batch.num_clips)
     return found

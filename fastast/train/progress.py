@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -10,8 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from fastast.train.bar import CONSOLE
+
 if TYPE_CHECKING:
-    from fastast.train.loop import Meter
+    from fastast.train.meter import Meter
 
 
 class Progress:
@@ -29,7 +30,7 @@ class Progress:
 
     def __init__(self, title: str, *, quiet: bool = False) -> None:
         self.title = title
-        self.console = Console(file=sys.stderr, quiet=quiet)
+        self.console = Console(stderr=True, quiet=True) if quiet else CONSOLE
         self.bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -50,17 +51,15 @@ class Progress:
         self.bar.stop()
 
     def step(self, done: float, meter: Meter) -> None:
-        """Moves the bar to the share of the run that is done.
-
-        It does so a few times a second at most, because reading the loss waits for the device.
-        """
+        """Moves the bar to the share of the run that is done, a few times a second at most."""
         if self.bar.disable or time.perf_counter() - self.last_bar < self.BAR_SECONDS:
             return
         self.last_bar = time.perf_counter()
-        now = meter.summary()
-        rates = f"loss {now['loss']:.3f}  {_rates(now)}  padding {now['padding']:.1%}"
-        if "peak_memory_gib" in now:
-            rates += f"  {now['peak_memory_gib']:.1f} GiB"
+        now = meter.rates()
+        rates = (
+            f"loss {meter.last_loss:.3f}  {_rates(now)}  padding {now['padding']:.1%}  "
+            f"{now['peak_memory_gib']:.1f} GiB"
+        )
         self.bar.update(self.task, completed=done, rates=rates)
 
     def epoch(self, done: float, record: dict) -> None:
@@ -69,12 +68,21 @@ class Progress:
             return
         self.last_line = time.perf_counter()
         line = (
-            f"{self.title}  {done:4.0%}  epoch {record['epoch'] + 1}  "
+            f"{done:4.0%}  epoch {record['epoch'] + 1}  "
             f"loss {record['loss']:.4f}  {_rates(record)}"
         )
-        if "validation_accuracy" in record:
-            line += f"  validation {record['validation_accuracy']:.1%}"
-        self.console.print(line, highlight=False, soft_wrap=True)
+        scores = [
+            f"{name} {record[f'validation_{name}']:.1%}"
+            for name in ("accuracy", "mAP")
+            if record.get(f"validation_{name}") is not None
+        ]
+        if "validation_clips" in record:
+            line += f"  validation {', '.join(scores)} ({record['validation_clips']} clips)"
+        self.say(line)
+
+    def say(self, line: str) -> None:
+        """Prints something about the run."""
+        self.console.print(f"{self.title}  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _rates(summary: dict) -> str:

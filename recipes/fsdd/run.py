@@ -29,7 +29,7 @@ FIGURE = REPOSITORY / "docs" / "figures" / "fsdd.png"
 
 RECIPES = {
     "digit": ("digit.yaml",),
-    "speaker": ("digit.yaml", "--data.task", "speaker"),
+    "speaker": ("digit.yaml", "--data.options.task", "speaker"),
     "digit_ast": ("digit_ast.yaml",),
 }
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
@@ -64,7 +64,7 @@ def train(experiment: Experiment, root: Path, runs: Path) -> None:
     command += ["--resume", "--run-dir", str(runs / experiment.name)]
     command += ["--data.root", str(root), "--train.seed", str(experiment.seed)]
     if experiment.leave_out:
-        command += ["--data.leave_out", experiment.leave_out]
+        command += ["--data.options.leave_out", experiment.leave_out]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(runs / f"{experiment.name}.log", "w") as log:
         subprocess.run(command, stdout=log, stderr=log, env=environment, check=True)
@@ -77,9 +77,9 @@ def measure(experiment: Experiment, root: Path, runs: Path) -> dict:
 
     method, recipe, _ = load_model(runs / experiment.name)
     recipe.data.root = str(root)
-    test = load_data(recipe.data).test
+    test = load_data(recipe.data, ["test"]).test
     rows = evaluate_over(method, recipe, test, compression=COMPRESSION)["compression"]
-    records = RunDirectory(runs / experiment.name).metrics()
+    records = RunDirectory(runs / experiment.name).metrics("epoch")
     return asdict(experiment) | {
         "frame_shift_ms": recipe.frontend.frame_shift_ms,
         "fixed_seconds": recipe.frontend.fixed_seconds,
@@ -97,18 +97,21 @@ def probe(root: Path) -> dict:
     from sklearn.preprocessing import StandardScaler
 
     from fastast import MelFilterbank
-    from fastast.data import fsdd
+    from fastast.data import AudioDataset
+    from fastast.data.datasets import fsdd
 
-    clips = fsdd(root, split="all")
-    filterbank = MelFilterbank(clips.sample_rate, num_mels=64)
+    splits = [AudioDataset(manifest, 8000) for manifest in fsdd(root).values()]
+    filterbank = MelFilterbank(8000, num_mels=64)
 
-    def features(index: int) -> np.ndarray:
+    def features(clips: AudioDataset, index: int) -> np.ndarray:
         frames = filterbank([clips.waveform(index)]).frames.numpy()
         parts = [part.mean(0) for part in np.array_split(frames, 4)]
         return np.concatenate([*parts, frames.std(0)])
 
-    inputs = np.stack([features(index) for index in range(len(clips))])
-    digits, speakers, takes = np.array([path.stem.split("_") for path in clips.paths]).T
+    found = [(path.stem, clips, row) for clips in splits for row, path in enumerate(clips.paths)]
+    found.sort(key=lambda clip: clip[0])
+    inputs = np.stack([features(clips, row) for _, clips, row in found])
+    digits, speakers, takes = np.array([stem.split("_") for stem, _, _ in found]).T
 
     def accuracy(test: np.ndarray, labels: np.ndarray) -> float:
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))

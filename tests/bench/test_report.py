@@ -122,6 +122,36 @@ def test_the_page_reads_what_the_runner_writes(tmp_path):
     assert page.count("| case | ") == 3  # the header and two contenders
 
 
+def test_packing_has_a_section_of_its_own(tmp_path):
+    measured = {
+        "lengths": "VoxCeleb",
+        "clips": 200_000,
+        "ranks": 1,
+        "strategy": "next_fit",
+        "window": None,
+        "max_clips": None,
+        "bins": 10,
+        "padding": 0.0123,
+        "least_padding": 0.001,
+        "token_imbalance": 0.0,
+        "work_imbalance": 0.0,
+        "most_clips": 75,
+        "ns_per_clip": 12.34,
+        "us_per_bin": 0.567,
+    }
+    on_eight = {"ranks": 8, "window": 1024, "token_imbalance": 0.002, "work_imbalance": 0.05}
+    on_eight["max_clips"] = 76
+    document = {"schema": results.SCHEMA, "run": run(), "rows": [measured, measured | on_eight]}
+    results.write(tmp_path / "cpu" / "packing.json", document)
+    page = report.render(tmp_path)
+    cells = "VoxCeleb | next_fit | 200,000"
+    assert f"| {cells} | 1 |  | 1.23% | 0.10% |  |  | 75 |  | 12.3 | 0.567 |" in page
+    assert (
+        f"| {cells} | 8 | 1,024 | 1.23% | 0.10% | 0.20% | 5.00% | 75 | 76 | 12.3 | 0.567 |" in page
+    )
+    assert "A CPU, 8 cores, 4 threads" in page
+
+
 @pytest.mark.parametrize(("value", "text"), [(None, ""), (0.01234, "0.0123"), (1234.5, "1234")])
 def test_numbers_have_three_digits(value, text):
     assert report._number(value) == text

@@ -5,7 +5,16 @@ import pytest
 import torch
 
 from fastast import TokenBudget
-from fastast.data import AudioError, PackedLoader, mixed_frame_shifts
+from fastast.data import (
+    AudioError,
+    Crop,
+    Mixup,
+    PackedLoader,
+    Packing,
+    Planner,
+    Sampler,
+    mixed_frame_shifts,
+)
 from fastast.tokens import PatchGeometry
 from tests.data.helpers import RATE, tensors
 
@@ -14,13 +23,20 @@ GEOMETRY = PatchGeometry(num_mels=64, patch_size=(16, 8))
 MIXED = mixed_frame_shifts(10.0)
 
 
+DELIVERY = ("rank", "fixed_shapes", "workers", "prefetch", "pin_memory", "bad_files")
+
+
 def make(dataset, **kwargs):
+    delivery = {name: kwargs.pop(name) for name in DELIVERY if name in kwargs}
     kwargs = {"budget": TokenBudget(200, 8, 64), "window": WINDOW} | kwargs
-    return PackedLoader(dataset, GEOMETRY, **kwargs)
+    return PackedLoader(Planner(dataset, GEOMETRY, **kwargs), **delivery)
+
+
+IN_ORDER = {"sampler": Sampler(shuffle=False), "packing": Packing("next_fit")}
 
 
 def by_clip(batches):
-    """What each clip came with: hop, target, samples and the places of its patches."""
+    """What each visit came with: hop, target, samples, places of patches, and what is mixed in."""
     found = {}
     for batch in batches:
         samples = batch.sample_offsets.tolist()
@@ -31,13 +47,21 @@ def by_clip(batches):
             assert clip not in found
             found[clip] = (
                 int(batch.frame_shift[i]),
-                int(batch.targets[i]),
+                batch.targets[i].tolist(),
                 batch.waveforms[samples[i] : samples[i + 1]].tolist(),
                 batch.grid.freq[tokens].tolist(),
                 batch.grid.time[tokens].tolist(),
                 (batch.grid.first_frame[tokens] - batch.frames.host_offsets[i]).tolist(),
+                partner_of(batch, i),
             )
     return found
+
+
+def partner_of(batch, i):
+    if batch.mix_weight is None:
+        return None
+    begin, end = batch.partner_offsets[i : i + 2].tolist()
+    return float(batch.mix_weight[i]), batch.partner_waveforms[begin:end].tolist()
 
 
 def loader_threads():
@@ -64,18 +88,174 @@ def test_every_clip_once_within_the_budget(tones, fixed_shapes):
         assert seconds == pytest.approx(tones.lengths.sum() / RATE)
 
 
-def test_draws_do_not_depend_on_budget_order_or_subset(tones):
-    same = {"frame_shift_ms": MIXED, "token_drop": 0.3, "seed": 5}
-    expected = by_clip(make(tones, **same).epoch(2))
-    variants = (
-        make(tones, **same, shuffle=False),
-        make(tones, **same, fixed_shapes=True),
-        make(tones, **same, budget=TokenBudget(70, 3, 64)),
-    )
-    for loader in variants:
-        assert by_clip(loader.epoch(2)) == expected
-    part = by_clip(make(tones.subset([30, 4, 11]), **same).epoch(2))
+EVERYTHING = {
+    "frame_shift_ms": MIXED,
+    "token_drop": 0.3,
+    "crop": Crop((0.2, 0.8), "cyclic"),
+    "mixup": Mixup(0.5),
+    "seed": 5,
+}
+
+
+def test_draws_do_not_depend_on_batches_workers_or_ranks(tones):
+    expected = by_clip(make(tones, **EVERYTHING).epoch(2))
+    assert len(expected) == 40
+    variants = {
+        "order": IN_ORDER,
+        "shapes": {"fixed_shapes": True},
+        "budget": {"budget": TokenBudget(70, 3, 64)},
+        "packing": {"packing": Packing("next_fit")},
+        "one process": {"workers": 1},
+        "two processes": {"workers": 2},
+    }
+    for name, variant in variants.items():
+        assert by_clip(make(tones, **EVERYTHING | variant).epoch(2)) == expected, name
+    for packing in (Packing(ranks=3), Packing(ranks=2, accumulate=2)):
+        found = {}
+        for rank in range(packing.ranks):
+            mine = by_clip(make(tones, **EVERYTHING, packing=packing, rank=rank).epoch(2))
+            assert not found.keys() & mine.keys()
+            found |= mine
+        assert found == expected
+
+
+def test_draws_do_not_depend_on_other_clips(tones):
+    settings = {name: value for name, value in EVERYTHING.items() if name != "mixup"}
+    expected = by_clip(make(tones, **settings).epoch(2))
+    part = by_clip(make(tones.subset([30, 4, 11]), **settings).epoch(2))
     assert part == {clip: expected[clip] for clip in (30, 4, 11)}
+
+
+def test_an_epoch_can_be_taken_up_at_any_step(tones):
+    loader = make(tones, **EVERYTHING, packing=Packing(accumulate=2))
+    whole = [tensors(batch) for batch in loader.epoch(1)]
+    assert len(whole) == loader.num_batches(1) == 2 * loader.num_steps(1)
+    for first in range(loader.num_steps(1) + 1):
+        rest = [tensors(batch) for batch in loader.epoch(1, first)]
+        assert len(rest) == len(whole) - 2 * first
+        for a, b in zip(rest, whole[2 * first :], strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_ranks_take_equal_steps_and_share_the_loss(tones):
+    """The denominators of a step's batches, averaged over the ranks, make a mean over its clips."""
+    packing = Packing(ranks=3, accumulate=2)
+    loaders = [make(tones, packing=packing, rank=rank) for rank in range(3)]
+    for epoch in range(3):
+        ranks = [list(loader.epoch(epoch)) for loader in loaders]
+        assert len({len(batches) for batches in ranks}) == 1
+        assert sum(batch.num_clips for batches in ranks for batch in batches) == 40
+        for step in range(len(ranks[0]) // 2):
+            batches = [batch for rank in ranks for batch in rank[2 * step : 2 * step + 2]]
+            clips = sum(batch.num_clips for batch in batches)
+            for batch in batches:
+                assert float(batch.loss_denominator) == pytest.approx(clips / 3)
+
+
+def test_fewer_clips_than_ranks(tones):
+    """A rank without clips still takes its step, with one that counts for nothing."""
+    packing = Packing(ranks=4)
+    batches = [
+        batch
+        for rank in range(4)
+        for batch in make(tones.subset([0, 1, 2]), packing=packing, rank=rank).epoch(0)
+    ]
+    assert sorted(batch.num_clips for batch in batches) == [0, 1, 1, 1]
+    empty = next(batch for batch in batches if not batch.num_clips)
+    assert empty.clip_ids.tolist() == [-1] and empty.targets.tolist() == [-100]
+    assert empty.num_tokens > 0 and not empty.waveforms.any()
+
+
+def test_processes_give_up_what_they_have_when_an_epoch_ends_early(tones):
+    loader = make(tones, workers=2, budget=TokenBudget(64, 2, 64))
+    expected = [tensors(batch) for batch in make(tones, budget=TokenBudget(64, 2, 64)).epoch(1)]
+    next(iter(loader.epoch(0)))
+    found = [tensors(batch) for batch in loader.epoch(1)]
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_processes_leave_the_random_state_alone(tones):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    list(make(tones, workers=1).epoch(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("bad", ["noise", "cut", "empty", "gone", "nan"])
+def test_bad_files_are_skipped_and_listed(tones, bad, workers):
+    victim = tones.paths[7]
+    content = victim.read_bytes()
+    if bad == "gone":
+        victim.unlink()
+    elif bad == "nan":
+        soundfile = pytest.importorskip("soundfile")
+        soundfile.write(victim, np.full(tones.lengths[7], np.nan), RATE, subtype="FLOAT")
+    else:
+        victim.write_bytes({"noise": b"?" * 500, "cut": content[:60], "empty": b""}[bad])
+    tones.forget()
+    loader = make(tones, workers=workers, bad_files="skip")
+    batches = list(loader.epoch(0))
+    assert sorted(by_clip(batches)) == [clip for clip in range(40) if clip != 7]
+    left_out = [entry for batch in batches for entry in batch.left_out]
+    assert [entry.path for entry in left_out] == [str(victim)] and left_out[0].reason
+    with pytest.raises(AudioError, match=victim.name):
+        list(make(tones, workers=workers, bad_files="stop").epoch(0))
+
+
+def test_a_batch_of_bad_files_counts_for_nothing(tones):
+    for path in tones.paths:
+        path.write_bytes(b"")
+    tones.forget()
+    for fixed_shapes in (False, True):
+        for batch in make(tones, fixed_shapes=fixed_shapes, bad_files="skip").epoch(0):
+            assert batch.num_clips == 0 and (batch.clip_ids == -1).all()
+            assert len(batch.left_out) >= 1 and float(batch.loss_denominator) >= 1
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_mixing(tones, multi_label):
+    """Partner, share and targets of each clip; nothing is mixed in where the share is 1."""
+    labels = tones.labels
+    if multi_label:
+        tones.multi_label = True  # the same clips, each with the one class it has
+    loader = make(tones, mixup=Mixup(0.5), seed=3)
+    batches = list(loader.epoch(0))
+    mixed = 0
+    for clip, (_, target, *_, (share, partner)) in by_clip(batches).items():
+        own = np.eye(2)[labels[clip]]
+        if share == 1:
+            assert partner == [] and target == own.tolist()
+            continue
+        mixed += 1
+        assert 0 < share < 1
+        candidates = [
+            other
+            for other in range(40)
+            if tones.waveform(other)[: tones.lengths[clip]].tolist() == partner
+        ]
+        assert len(candidates) == 1
+        expected = share * own + (1 - share) * np.eye(2)[labels[candidates[0]]]
+        np.testing.assert_allclose(target, expected, atol=1e-6)
+        assert sum(target) == pytest.approx(1)
+    assert 10 <= mixed <= 30
+    assert all(batch.targets.dtype == torch.float32 for batch in batches)
+
+
+def test_a_bad_partner_is_not_mixed_in(tones):
+    loader = make(tones, mixup=Mixup(1.0), bad_files="skip")
+    tones.paths[7].write_bytes(b"")
+    tones.forget()
+    plan = loader.planner.plan(0)
+    wanted = {
+        int(row) for row, partner in zip(plan.rows, plan.partners, strict=True) if partner == 7
+    }
+    assert wanted - {7}
+    for clip, (_, target, *_, (share, partner)) in by_clip(loader.epoch(0)).items():
+        if clip in wanted:
+            assert share == 1 and partner == [] and sorted(target) == [0, 1]
 
 
 def test_epochs_and_seeds_differ_and_repeat(tones):
@@ -100,7 +280,7 @@ def test_epochs_and_seeds_differ_and_repeat(tones):
 
 
 def test_without_shuffling_batches_follow_the_data_set(tones):
-    batches = list(make(tones, shuffle=False).epoch(0))
+    batches = list(make(tones, **IN_ORDER).epoch(0))
     seen = [sorted(batch.clip_ids.tolist()) for batch in batches]
     assert sum(seen, []) == list(range(40))
 
@@ -164,7 +344,7 @@ def test_error_in_the_background_reaches_the_caller(tones):
     tones.paths[33].write_bytes(b"no longer audio")
     seen = 0
     with pytest.raises(AudioError, match=tones.paths[33].name):
-        for batch in make(tones, shuffle=False).epoch(0):
+        for batch in make(tones, **IN_ORDER).epoch(0):
             seen += batch.num_clips
     assert 0 < seen <= 33
     assert not loader_threads()
@@ -184,9 +364,14 @@ def test_stopping_early_ends_the_thread(tones):
 
 def test_prefetch_is_bounded(tones, monkeypatch):
     loader = make(tones, prefetch=2, budget=TokenBudget(64, 1, 64))
-    made = []
-    load = loader._load
-    monkeypatch.setattr(loader, "_load", lambda *args: (made.append(1), load(*args))[1])
+    made, maker = [], loader._make
+
+    class Spy:
+        def __getitem__(self, order):
+            made.append(order)
+            return maker[order]
+
+    monkeypatch.setattr(loader, "_make", Spy())
     batches = loader.epoch(0)
     for taken in range(1, 6):
         next(batches)
@@ -205,6 +390,9 @@ def test_arguments_are_checked(tones):
         ({"dense_frames": 7}, "less than a patch"),
         ({"dense_frames": 160}, "dense_frames=160 has 80 tokens but the budget allows 64"),
         ({"prefetch": 0}, "prefetch"),
+        ({"workers": -1}, "workers"),
+        ({"rank": 1}, r"rank must lie in \[0, 1\)"),
+        ({"bad_files": "ignore"}, "bad_files"),
         ({"frame_shift_ms": []}, "frame_shift_ms is empty"),
         ({"frame_shift_ms": 0.01}, "shorter than one sample"),
     ):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def test_recipe_builds(path, tmp_path):
     parser.add_argument("--recipe", action="config")
     parser.add_class_arguments(Recipe)
     options = parser.instantiate(parser.parse_args(["--recipe", str(path)]))
-    recipe = Recipe(options.data, options.frontend, options.model, options.train)
+    recipe = Recipe(**{part.name: options[part.name] for part in fields(Recipe)})
     given = yaml.safe_load(path.read_text())
     for part, settings in given.items():  # nothing in the file is lost
         for name, value in settings.items():

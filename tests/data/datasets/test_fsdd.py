@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from fastast.data import fsdd
+from fastast.data import AudioDataset
+from fastast.data.datasets import fsdd
 
 
 @pytest.fixture(scope="module")
@@ -11,12 +12,13 @@ def root(shared_dir):
 
 @pytest.mark.parametrize(("task", "classes"), [("digit", 10), ("speaker", 6)])
 def test_official_split(root, task, classes):
-    train, test = fsdd(root, task), fsdd(root, task, "test")
+    splits = fsdd(root, task=task)
+    assert list(splits) == ["train", "test"]
+    train, test = (AudioDataset(manifest, 8000) for manifest in splits.values())
     assert len(train) == 2700 and len(test) == 300
-    assert len(set(train.clip_ids) | set(test.clip_ids)) == 3000
-    assert np.bincount(train.labels).tolist() == [2700 // classes] * classes
-    assert np.bincount(test.labels).tolist() == [300 // classes] * classes
-    assert train.sample_rate == 8000
+    assert not set(train.names) & set(test.names)
+    assert train.label_counts().tolist() == [2700 // classes] * classes
+    assert test.label_counts().tolist() == [300 // classes] * classes
     for index in (0, 123, 299):
         digit, speaker, take = test.paths[index].stem.split("_")
         assert int(take) < 5
@@ -25,28 +27,20 @@ def test_official_split(root, task, classes):
 
 
 def test_leave_one_speaker_out(root):
-    train = fsdd(root, split="train", leave_out="theo")
-    test = fsdd(root, split="test", leave_out="theo")
+    splits = fsdd(root / "recordings", leave_out="theo")
+    train, test = splits["train"], splits["test"]
     assert len(train) == 2500 and len(test) == 500
-    assert all("_theo_" in path.name for path in test.paths)
-    assert not any("_theo_" in path.name for path in train.paths)
-
-
-def test_all(root):
-    everything = fsdd(root / "recordings", split="all")
-    assert len(everything) == 3000
-    test = fsdd(root, split="test")
-    assert [everything.paths[clip].name for clip in test.clip_ids] == [p.name for p in test.paths]
+    assert all("_theo_" in file for file in test.files)
+    assert not any("_theo_" in file for file in train.files)
+    assert np.bincount([label for (label,) in test.labels]).tolist() == [50] * 10
 
 
 def test_errors(root, tmp_path):
     with pytest.raises(ValueError, match="leave_out must be one of \\['george'"):
         fsdd(root, leave_out="nobody")
     with pytest.raises(ValueError, match="leave_out needs task='digit'"):
-        fsdd(root, "speaker", leave_out="theo")
+        fsdd(root, task="speaker", leave_out="theo")
     with pytest.raises(ValueError, match="task must be"):
-        fsdd(root, "gender")
-    with pytest.raises(ValueError, match="split must be"):
-        fsdd(root, split="valid")
+        fsdd(root, task="gender")
     with pytest.raises(ValueError, match="has no files"):
         fsdd(tmp_path)

@@ -1,0 +1,7 @@
+"""``python -m fastast.cli`` is ``fastast``."""
+
+import sys
+
+from fastast.cli import main
+
+sys.exit(main())

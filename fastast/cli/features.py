@@ -1,0 +1,99 @@
+"""``fastast features``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+from jsonargparse import Namespace
+
+from fastast.cli.options import parser_of, print_left_out
+from fastast.data import LeftOut
+from fastast.train import Recipe, load_model
+from fastast.train.bar import progress_bar
+from fastast.train.features import extract_features, output_names
+from fastast.train.figures import plot_features
+
+_MOST_ROWS = 50
+
+
+def main(argv: list[str]) -> None:
+    """Writes a .npz file per audio file, and draws it."""
+    parser = parser_of("features")
+    parser.add_argument("files", type=str, nargs="+", help="audio files of any length")
+    parser.add_argument("--out", type=str, default="features", help="folder to write to")
+    parser.add_argument("--recipe", type=str, help="take the front end from this recipe file")
+    parser.add_argument("--checkpoint", type=str, help="take it from this run or model")
+    parser.add_argument("--sample-rate", type=int, help="in Hz; default 16000, or the recipe's")
+    parser.add_argument("--num-mels", type=int, help="mel bins; default 128, or the recipe's")
+    parser.add_argument("--frame-shift-ms", type=float, help="default 10, or the recipe's finest")
+    parser.add_argument("--frame-length-ms", type=float, help="default 25, or the recipe's")
+    parser.add_argument(
+        "--pictures", type=str, default="each", help="each file's own, one sheet of all, or none"
+    )
+    options = parser.parse_args(argv)
+    sheet = options.pictures == "sheet"
+    if options.pictures not in ("each", "sheet", "none"):
+        raise ValueError(f"--pictures must be each, sheet or none, got {options.pictures!r}")
+    if sheet and len(options.files) > _MOST_ROWS:
+        raise ValueError(f"--pictures sheet has room for {_MOST_ROWS} files; choose each or none")
+
+    recipe = _front_end(options)
+    left_out, rows = [], []
+    out = Path(options.out)
+    names = output_names(options.files)
+    with progress_bar("Features", len(names), "files") as advance:
+        for name, found in zip(names, extract_features(options.files, recipe), strict=True):
+            advance(1)
+            if isinstance(found, LeftOut):
+                left_out.append(found)
+                continue
+            target = out / f"{name}.npz"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            found.save(target)
+            if options.pictures == "each":
+                plot_features([found], target.with_suffix(".png"))
+            rows += [found] * sheet
+    print_left_out(left_out)
+    count = len(names) - len(left_out)
+    if not count:
+        raise ValueError("none of the files can be used")
+    if sheet:
+        plot_features(rows, out / "features.png")
+    print(f"Wrote the features of {count} files to {out}; {len(left_out)} were left out")
+
+
+def _read_recipe(path: Path) -> Recipe:
+    if not path.is_file():
+        raise ValueError(f"there is no recipe file {path}")
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is not a recipe: it has no sections")
+    return Recipe.from_dict(settings)
+
+
+def _front_end(options: Namespace) -> Recipe:
+    """The default recipe or the one named, with what the command line changes about it."""
+    if options.recipe and options.checkpoint:
+        raise ValueError("--recipe and --checkpoint exclude each other")
+    recipe = Recipe()
+    if options.recipe:
+        recipe = _read_recipe(Path(options.recipe))
+    elif options.checkpoint:
+        recipe = load_model(options.checkpoint)[1]
+    names = ("num_mels", "frame_shift_ms", "frame_length_ms")
+    changes = {name: options[name] for name in names if options[name] is not None}
+    for name, value in changes.items():
+        if value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    if "frame_shift_ms" in changes:
+        changes["compression"] = [1.0]
+    if options.sample_rate is not None:
+        if options.sample_rate <= 0:
+            raise ValueError(f"--sample-rate must be positive, got {options.sample_rate}")
+        recipe = replace(recipe, data=replace(recipe.data, sample_rate=options.sample_rate))
+    return replace(recipe, frontend=replace(recipe.frontend, **changes))

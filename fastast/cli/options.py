@@ -1,0 +1,43 @@
+"""What several commands have in common: their parser, and what they print."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+
+from fastast.cli import COMMANDS
+from fastast.data import LeftOut
+
+_MOST_LINES = 10
+
+
+def parser_of(command: str) -> ArgumentParser:
+    """A parser that says what the command does."""
+    return ArgumentParser(prog=f"fastast {command}", description=COMMANDS[command])
+
+
+def add_model(parser: ArgumentParser) -> None:
+    """Adds what opens a trained model."""
+    parser.add_argument("checkpoint", type=str, help="run directory or model.safetensors")
+    parser.add_argument("--device", type=str, default="auto", help="auto takes a GPU if there is")
+
+
+def numbers(option: str, text: str | None) -> list[float]:
+    """Positive numbers separated by commas."""
+    try:
+        found = [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ValueError(f"{option} takes numbers separated by commas, got {text!r}") from None
+    if any(number <= 0 for number in found):
+        raise ValueError(f"{option} takes positive numbers, got {text!r}")
+    return found
+
+
+def print_left_out(left_out: Sequence[LeftOut]) -> None:
+    """Says on the standard error which clips were left out and why: the first few, and how many."""
+    for path, reason in left_out[:_MOST_LINES]:
+        print(f"left out: {path}: {reason}", file=sys.stderr)
+    if len(left_out) > _MOST_LINES:
+        print(f"... {len(left_out)} clips were left out in all", file=sys.stderr)

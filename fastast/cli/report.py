@@ -1,0 +1,41 @@
+"""``fastast report``."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from fastast.cli.options import parser_of
+from fastast.train.report import (
+    read_runs,
+    results_table,
+    settings_table,
+    shared_folder,
+    write_report,
+)
+
+
+def main(argv: list[str]) -> None:
+    """Prints the comparison and writes report.md and report.png."""
+    parser = parser_of("report")
+    parser.add_argument("runs", type=str, nargs="+", help="run directories")
+    parser.add_argument(
+        "--out", type=str, help="folder to write to; default: the one that all runs lie in"
+    )
+    options = parser.parse_args(argv)
+
+    runs = read_runs(options.runs)
+    console = Console()
+    console.print(_table(results_table(runs)))
+    settings = settings_table(runs)
+    if len(settings) > 1:
+        console.print(_table(settings))
+    path = write_report(runs, options.out or shared_folder(options.runs))
+    print(f"Wrote {path} and report.png")
+
+
+def _table(rows: list[list[str]]) -> Table:
+    table = Table(*rows[0])
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table

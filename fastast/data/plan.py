@@ -1,0 +1,346 @@
+"""What an epoch will do, settled from the lengths of the clips before a file is decoded.
+
+Which clips, in which order, which part of each, at which time resolution, mixed with what; which
+of them share a batch, and which rank computes it. All of it is a function of the seed and the
+epoch, so a run can be taken up in the middle of an epoch by leaving out what was done, and every
+rank knows what the others do without asking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastast.data.batch import BatchBudget, padded_samples
+from fastast.data.dataset import AudioDataset
+from fastast.data.frames import samples_for
+from fastast.data.packing import pack
+from fastast.data.sampling import Crop, Mixup, Sampler
+from fastast.ops.mel_filterbank import frame_counts, hop_from_ms
+from fastast.random import random_below, random_bits
+from fastast.segments import TokenBudget
+from fastast.tokens import PatchGeometry, kept_patches
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How clips are dealt out to batches.
+
+    Args:
+        strategy: ``"best_fit_decreasing"``, ``"first_fit"``, or ``"next_fit"`` (the order of the
+            epoch, as ElasticAST does).
+        window: clips looked ahead at.
+        ranks: processes that train together.
+        accumulate: batches whose gradients a rank adds up for one step.
+    """
+
+    strategy: str = "first_fit"
+    window: int = 1024
+    ranks: int = 1
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("window", "ranks", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def group(self) -> int:
+        """Batches of a step, over all ranks."""
+        return self.ranks * self.accumulate
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """One batch to be. Arrays are ``[clips]``.
+
+    Attributes:
+        epoch: goes into the random numbers.
+        rows: of the data set.
+        keys: of the clips' random numbers.
+        begin, num_samples: the part of each clip.
+        frame_shift: in samples.
+        patches: of each clip, before any are dropped.
+        partners: rows of the clips that are mixed in, -1 for none.
+        mix_weight: the clip's share of the mixture.
+        loss_denominator: see :attr:`fastast.data.Batch.loss_denominator`.
+    """
+
+    epoch: int
+    rows: np.ndarray
+    keys: np.ndarray
+    begin: np.ndarray
+    num_samples: np.ndarray
+    frame_shift: np.ndarray
+    patches: np.ndarray
+    partners: np.ndarray
+    mix_weight: np.ndarray
+    loss_denominator: float
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """A whole epoch; what is not said here is as in :class:`BatchPlan`, ``[visits]`` each.
+
+    Attributes:
+        bins: visits of each batch; batch ``(s * accumulate + m) * ranks + r`` is the m-th of
+            rank r in step s.
+        tokens: of each visit.
+    """
+
+    epoch: int
+    packing: Packing
+    bins: list[np.ndarray]
+    rows: np.ndarray
+    keys: np.ndarray
+    begin: np.ndarray
+    num_samples: np.ndarray
+    frame_shift: np.ndarray
+    patches: np.ndarray
+    tokens: np.ndarray
+    partners: np.ndarray
+    mix_weight: np.ndarray
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the epoch, the same on every rank."""
+        return len(self.bins) // self.packing.group
+
+    @property
+    def step_tokens(self) -> np.ndarray:
+        """Tokens of each step over all ranks, int64 ``[num_steps]``."""
+        per_bin = np.array([self.tokens[visits].sum() for visits in self.bins], np.int64)
+        return per_bin.reshape(-1, self.packing.group).sum(1)
+
+    def batches_of(self, rank: int, first_step: int = 0) -> list[BatchPlan]:
+        """The batches of a rank in order, ``accumulate`` for each step from ``first_step`` on."""
+        group, ranks = self.packing.group, self.packing.ranks
+        found = []
+        for step in range(first_step, self.num_steps):
+            bins = self.bins[step * group : (step + 1) * group]
+            denominator = sum(map(len, bins)) / ranks
+            found += [self._batch(visits, denominator) for visits in bins[rank::ranks]]
+        return found
+
+    def _batch(self, visits: np.ndarray, denominator: float) -> BatchPlan:
+        return BatchPlan(
+            self.epoch,
+            self.rows[visits],
+            self.keys[visits],
+            self.begin[visits],
+            self.num_samples[visits],
+            self.frame_shift[visits],
+            self.patches[visits],
+            self.partners[visits],
+            self.mix_weight[visits],
+            denominator,
+        )
+
+
+class Planner:
+    """Plans the epochs of a data set.
+
+    Args:
+        dataset: the clips.
+        geometry: how spectrograms are cut into patches.
+        budget: tokens and clips of a batch, and tokens of the longest clip.
+        window: of a frame, in samples.
+        frame_shift_ms: of the frames. Given several, every visit draws one
+            (mixed-resolution training, ElasticAST section 3.4): see
+            :func:`~fastast.data.mixed_frame_shifts`.
+        max_seconds: keep only the beginning of longer clips.
+        crop: which part of the clips to use; ``max_seconds`` then means nothing.
+        dense_frames: for models of fixed input length: cut all clips to so many frames, and have
+            the spectrograms of shorter ones padded to it (:attr:`Batch.dense_frames`). Batches
+            then have as many clips as the budget holds, and no dead rows when they are full.
+        token_drop: share of each clip's patches to drop, as ElasticAST's code does (0.1) and its
+            paper does not. Packing counts the patches that remain.
+        mixup: which clips to mix; default none.
+        sampler: which clips an epoch visits, and whether in order.
+        packing: how they are dealt out. Within a batch clips stand in order of their token count,
+            longest first, so that equal lengths adjoin and can be computed together.
+        seed: of all draws.
+
+    Raises:
+        ValueError: an argument out of range, or a clip that is longer than ``budget.max_length``
+            at its finest resolution.
+    """
+
+    def __init__(
+        self,
+        dataset: AudioDataset,
+        geometry: PatchGeometry,
+        *,
+        budget: TokenBudget,
+        window: int,
+        frame_shift_ms: float | Sequence[float] = 10.0,
+        max_seconds: float | None = None,
+        crop: Crop | None = None,
+        dense_frames: int | None = None,
+        token_drop: float = 0.0,
+        mixup: Mixup | None = None,
+        sampler: Sampler | None = None,
+        packing: Packing | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.dataset = dataset
+        self.geometry = geometry
+        self.budget = budget
+        self.window = window
+        self.max_seconds = max_seconds
+        self.crop = crop
+        self.dense_frames = dense_frames
+        self.token_drop = token_drop
+        self.mixup = mixup
+        self.sampler = sampler or Sampler()
+        self.packing = packing or Packing()
+        self.seed = seed
+        if window < 1:
+            raise ValueError(f"window must be at least 1 sample, got {window}")
+        if not 0 <= token_drop < 1:
+            raise ValueError(f"token_drop must lie in [0, 1), got {token_drop}")
+        if max_seconds is not None and max_seconds <= 0:
+            raise ValueError(f"max_seconds must be positive, got {max_seconds}")
+        if dense_frames is not None and dense_frames < geometry.min_frames():
+            raise ValueError(
+                f"dense_frames ({dense_frames}) is less than a patch "
+                f"({geometry.min_frames()} frames)"
+            )
+        choices = [frame_shift_ms] if isinstance(frame_shift_ms, int | float) else frame_shift_ms
+        if not len(choices):
+            raise ValueError("frame_shift_ms is empty: give at least one frame shift")
+        self.frame_shifts = np.array(
+            [hop_from_ms(ms, dataset.sample_rate) for ms in choices], np.int32
+        )
+        if dense_frames is not None:
+            self.budget = self._dense_budget(budget, dense_frames)
+        self._check_longest()
+        self._last: EpochPlan | None = None
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """The plan of an epoch. The last one is remembered."""
+        if self._last is None or self._last.epoch != epoch:
+            self._last = self._make(epoch)
+        return self._last
+
+    def fixed_sizes(self) -> BatchBudget:
+        """Sizes that hold every batch of every epoch."""
+        longest_shift = int(self.frame_shifts.max())
+        if self.dense_frames is not None:
+            return BatchBudget.for_dense(
+                self.budget, self.dense_frames, window=self.window, max_frame_shift=longest_shift
+            )
+        return BatchBudget.for_tokens(
+            self.budget,
+            self.geometry,
+            window=self.window,
+            max_frame_shift=longest_shift,
+            token_drop=self.token_drop,
+        )
+
+    def _make(self, epoch: int) -> EpochPlan:
+        visits = self.sampler.draw(self.dataset, self.seed, epoch)
+        keys = torch.from_numpy(visits.keys)
+        choice = random_below(self.seed, epoch, keys, "resolution", len(self.frame_shifts))
+        frame_shift = self.frame_shifts[choice.numpy()]
+        lengths = self.dataset.lengths[visits.rows]
+        begin, num_samples = np.zeros_like(lengths), lengths
+        if self.crop is not None:
+            begin, num_samples = self.crop.draw(
+                lengths, visits.keys, self.dataset.sample_rate, self.seed, epoch
+            )
+        num_samples = self._limit(num_samples, frame_shift)
+        patches = self._num_patches(num_samples, frame_shift)
+        tokens = self._num_tokens(patches)
+        partners, mix_weight = np.full(len(lengths), -1), np.ones(len(lengths), np.float32)
+        if self.mixup is not None:
+            partners, mix_weight = self.mixup.draw(visits.keys, len(self.dataset), self.seed, epoch)
+        return EpochPlan(
+            epoch,
+            self.packing,
+            self._deal(tokens, epoch),
+            visits.rows,
+            visits.keys,
+            begin,
+            num_samples,
+            frame_shift,
+            patches,
+            tokens,
+            partners,
+            mix_weight,
+        )
+
+    def _deal(self, tokens: np.ndarray, epoch: int) -> list[np.ndarray]:
+        """Visits of each batch, longest first."""
+        group = self.packing.group
+        bin_of = pack(
+            tokens,
+            self.budget.tokens,
+            self.budget.clips,
+            strategy=self.packing.strategy,
+            window=self.packing.window,
+            group=group,
+        )
+        num_steps = int(bin_of.max()) // group + 1
+        by_bin = np.lexsort((np.arange(len(tokens)), -tokens, bin_of))
+        ends = np.cumsum(np.bincount(bin_of, minlength=num_steps * group))
+        bins = np.split(by_bin, ends[:-1])
+        if self.sampler.shuffle:
+            # The packers make batches of long clips and batches of short ones, in order.
+            places = random_bits(self.seed, epoch, torch.arange(num_steps), "steps", 1)[:, 0]
+            order = np.argsort(places.numpy(), kind="stable").tolist()
+            bins = [bins[step * group + place] for step in order for place in range(group)]
+        return bins
+
+    def _limit(self, num_samples: np.ndarray, frame_shift: np.ndarray | int) -> np.ndarray:
+        """Samples that are used of so many."""
+        if self.max_seconds is not None and self.crop is None:
+            most = int(self.max_seconds * self.dataset.sample_rate)
+            num_samples = np.minimum(num_samples, most)
+        if self.dense_frames is not None:
+            most = samples_for(self.dense_frames, self.window, frame_shift)
+            num_samples = np.minimum(num_samples, most)
+        return num_samples
+
+    def _num_patches(self, num_samples: np.ndarray, frame_shift: np.ndarray | int) -> np.ndarray:
+        """Patches of each clip, dropped ones included; all at least 1."""
+        if self.dense_frames is not None:
+            frames = np.full(len(num_samples), self.dense_frames)
+        else:
+            least = self.geometry.min_frames()
+            padded = padded_samples(num_samples, least, self.window, frame_shift)
+            frames = frame_counts(padded, self.window, frame_shift)
+        return self.geometry.freq_patches * self.geometry.time_patches(frames)
+
+    def _num_tokens(self, patches: np.ndarray | int) -> np.ndarray | int:
+        """Rows of the token stream that a clip takes: the patches it keeps and the prefix."""
+        return kept_patches(patches, self.token_drop) + self.geometry.prefix
+
+    def _dense_budget(self, budget: TokenBudget, dense_frames: int) -> TokenBudget:
+        """The part of a budget that clips of equal size can fill."""
+        patches = self.geometry.freq_patches * self.geometry.time_patches(dense_frames)
+        length = int(self._num_tokens(patches))
+        clips = min(budget.clips, budget.tokens // length)
+        if clips < 1 or length > budget.max_length:
+            raise ValueError(
+                f"a clip of dense_frames={dense_frames} has {length} tokens but the budget allows "
+                f"{min(budget.tokens, budget.max_length)}; raise it or lower dense_frames"
+            )
+        return TokenBudget(clips * length, clips, length)
+
+    def _check_longest(self) -> None:
+        finest = int(self.frame_shifts.min())
+        longest = self.dataset.lengths
+        if self.crop is not None:
+            longest = self.crop.longest(longest, self.dataset.sample_rate)
+        tokens = self._num_tokens(self._num_patches(self._limit(longest, finest), finest))
+        worst = int(tokens.argmax())
+        if tokens[worst] > self.budget.max_length:
+            raise ValueError(
+                f"{self.dataset.paths[worst]} has {tokens[worst]} tokens but the budget allows "
+                f"{self.budget.max_length}; raise TokenBudget.max_length, or cut clips with "
+                "max_seconds"
+            )

@@ -1,0 +1,239 @@
+"""The objects that a recipe asks for: data, model, method, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+
+from fastast.data import (
+    AudioDataset,
+    Crop,
+    Mixup,
+    PackedLoader,
+    Packing,
+    Planner,
+    Sampler,
+    mixed_frame_shifts,
+)
+from fastast.data.datasets import load_manifests
+from fastast.frontend import MelFrontend
+from fastast.methods import Supervised
+from fastast.models import create_model
+from fastast.nn import MelFilterbank
+from fastast.ops.mel_filterbank import frame_counts, hop_from_ms
+from fastast.segments import TokenBudget
+from fastast.tokens import PatchGeometry
+from fastast.train.recipe import DataConfig, Recipe
+
+PARTS = ("train", "validation", "test")
+
+
+@dataclass
+class Splits:
+    """The clips to train on, to validate on while training, and to test on once."""
+
+    train: AudioDataset | None
+    validation: AudioDataset | None
+    test: AudioDataset | None
+
+
+def load_data(config: DataConfig, parts: Collection[str] = PARTS) -> Splits:
+    """Finds the clips of a recipe and splits them.
+
+    Args:
+        config: where they are.
+        parts: which of ``train``, ``validation`` and ``test`` are wanted. The files of the others
+            are not opened, unless a share of them is wanted.
+
+    Raises:
+        ValueError: an unknown format or option, no clips, or parts of different classes.
+        AudioError: a file cannot be read, and ``bad_files`` is ``stop``.
+    """
+    manifests = load_manifests(config.kind, config.root, config.options)
+    if "train" not in manifests:
+        raise ValueError(f"{config.root} has no training clips, only {', '.join(manifests)}")
+    for name, manifest in manifests.items():
+        if manifest.class_names != manifests["train"].class_names:
+            raise ValueError(
+                f"the {name} part of {config.root} has other classes than the train part: "
+                f"{sorted(set(manifest.class_names) ^ set(manifests['train'].class_names))}"
+            )
+    splits: dict[str, AudioDataset | None] = dict.fromkeys(PARTS)
+    cut = {name for name in ("validation", "test") if name not in manifests}
+    for name, manifest in manifests.items():
+        if name in parts or (name == "train" and cut & set(parts)):
+            splits[name] = AudioDataset(
+                manifest,
+                config.sample_rate,
+                bad_files=config.bad_files,
+                min_seconds=config.min_seconds,
+            )
+    for name in ("test", "validation"):  # in this order: it decides which clips are whose
+        share = getattr(config, name)
+        if name in cut and share and splits["train"] is not None:
+            whole = splits["train"]
+            splits["train"], splits[name] = whole.split(share, config.split_seed)
+            splits["train"].left_out = whole.left_out
+    return Splits(**splits)
+
+
+def build_filterbank(recipe: Recipe) -> MelFilterbank:
+    """The filterbank of a recipe."""
+    front = recipe.frontend
+    return MelFilterbank(
+        recipe.data.sample_rate,
+        front.num_mels,
+        frame_length_ms=front.frame_length_ms,
+        mean=front.mean,
+        std=front.std,
+    )
+
+
+def build_method(recipe: Recipe, num_classes: int, *, multi_label: bool = False) -> Supervised:
+    """The front end, model and objective of a recipe, with random weights.
+
+    Args:
+        recipe: all settings.
+        num_classes: of the data.
+        multi_label: whether clips have any number of classes.
+
+    Raises:
+        ValueError: settings that do not fit together; the message names them.
+    """
+    front, augment, name = recipe.frontend, recipe.augment, recipe.model.name
+    if front.mean is None or front.std is None:
+        raise ValueError("frontend.mean and frontend.std are not set; measure them first")
+    if num_classes < 1:
+        raise ValueError("the clips have no labels to learn: choose data with labels")
+    loss = recipe.train.loss
+    if loss is None:
+        loss = "binary_cross_entropy" if multi_label else "cross_entropy"
+    elif loss == "cross_entropy" and multi_label:
+        raise ValueError(
+            "train.loss is cross_entropy, which takes one class per clip, but the clips have "
+            "several: use binary_cross_entropy"
+        )
+    settings = {k: v for k, v in asdict(recipe.model).items() if v is not None and k != "name"}
+    if name.startswith("ast_"):
+        if front.fixed_seconds is None:
+            raise ValueError(f"{name} has a fixed input length: set frontend.fixed_seconds")
+        settings["input_frames"] = fixed_frames(recipe, front.fixed_seconds, finest_shift(recipe))
+    try:
+        model = create_model(name, num_classes=num_classes, num_mels=front.num_mels, **settings)
+    except TypeError as error:  # such as "got an unexpected keyword argument 'stride'"
+        raise ValueError(f"model: {name} does not take these settings: {error}") from error
+    frontend = MelFrontend(
+        build_filterbank(recipe),
+        roll=augment.roll,
+        gain_db=augment.gain_db,
+        freq_mask=augment.freq_mask,
+        time_mask=augment.time_mask,
+        noise=augment.noise,
+        roll_frames=augment.roll_frames,
+        seed=recipe.train.seed,
+    )
+    return Supervised(model, frontend, loss=loss, label_smoothing=recipe.train.label_smoothing)
+
+
+def finest_shift(recipe: Recipe) -> float:
+    """The finest frame shift that the recipe trains at, in milliseconds."""
+    return mixed_frame_shifts(recipe.frontend.frame_shift_ms, [min(recipe.frontend.compression)])[0]
+
+
+def fixed_frames(recipe: Recipe, seconds: float, frame_shift_ms: float) -> int:
+    """Frames of a clip of so many seconds."""
+    rate = recipe.data.sample_rate
+    shift = hop_from_ms(frame_shift_ms, rate)
+    return int(frame_counts(int(seconds * rate), window_length(recipe), shift))
+
+
+def window_length(recipe: Recipe) -> int:
+    """Samples of a frame."""
+    return hop_from_ms(recipe.frontend.frame_length_ms, recipe.data.sample_rate)
+
+
+def make_loader(
+    recipe: Recipe,
+    dataset: AudioDataset,
+    geometry: PatchGeometry,
+    *,
+    training: bool = False,
+    seconds: float | None = None,
+    compression: float | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    fixed_shapes: bool = False,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> PackedLoader:
+    """The batches of a recipe.
+
+    Args:
+        recipe: all settings.
+        dataset: the clips.
+        geometry: of the model's patches.
+        training: shuffle, augment, mix the resolutions and drop tokens as the recipe says.
+            Otherwise clips come once, at one resolution, whole.
+        seconds: cut clips to this length instead of ``data.max_seconds``; where the recipe fixes
+            the input size, fix it to this.
+        compression: factor on ``frontend.frame_shift_ms``, if not training. Default: the least
+            that the recipe trains at.
+        rank: of this process, out of ``ranks`` that share the clips.
+        ranks: see there.
+        fixed_shapes: give all batches the same shapes.
+        workers: processes that decode.
+        pin_memory: page-lock the batches, for asynchronous copies to a GPU.
+    """
+    front, augment, train = recipe.frontend, recipe.augment, recipe.train
+    rates = front.compression
+    if not training:
+        rates = [min(rates) if compression is None else compression]
+    shifts = mixed_frame_shifts(front.frame_shift_ms, rates)
+    dense_frames = None
+    if front.fixed_seconds is not None:
+        if len(shifts) > 1:
+            raise ValueError(
+                "frontend.fixed_seconds and several frontend.compression exclude each other: "
+                "a fixed input size has one time resolution"
+            )
+        dense_frames = fixed_frames(recipe, seconds or front.fixed_seconds, shifts[0])
+    limit = recipe.data.max_seconds if seconds is None else seconds
+    tokens = train.batch_tokens
+    crop = mixup = None
+    sampler = Sampler(shuffle=False)
+    if training:
+        if augment.crop_seconds is not None:
+            crop = Crop(tuple(augment.crop_seconds), augment.crop)
+        if augment.mixup:
+            mixup = Mixup(augment.mixup, augment.mixup_alpha)
+        sampler = Sampler(balance=recipe.data.balance, clips=recipe.data.clips_per_epoch)
+    else:  # whatever was trained on, any clip can be evaluated
+        longest = max(dataset.lengths) / recipe.data.sample_rate
+        longest = longest if limit is None else min(longest, limit)
+        frames = dense_frames or fixed_frames(recipe, longest, shifts[0])
+        tokens = max(tokens, geometry.num_tokens(max(frames, geometry.min_frames())))
+    planner = Planner(
+        dataset,
+        geometry,
+        budget=TokenBudget(tokens, train.batch_clips, tokens),
+        window=window_length(recipe),
+        frame_shift_ms=shifts,
+        max_seconds=limit,
+        crop=crop,
+        dense_frames=dense_frames,
+        token_drop=augment.token_drop if training else 0.0,
+        mixup=mixup,
+        sampler=sampler,
+        packing=Packing(
+            train.packing, train.packing_window, ranks, train.accumulate if training else 1
+        ),
+        seed=train.seed,
+    )
+    return PackedLoader(
+        planner,
+        rank=rank,
+        fixed_shapes=fixed_shapes,
+        workers=workers,
+        pin_memory=pin_memory,
+        bad_files=recipe.data.bad_files,
+    )

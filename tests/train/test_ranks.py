@@ -1,0 +1,126 @@
+"""Processes that train together do what one does alone."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastast.train import RunDirectory, fit, load_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def torchrun(ranks, recipe, run_dir, *options):
+    """Trains by the command line, as a person would."""
+    file = run_dir.parent / f"{run_dir.name}.json"
+    file.write_text(json.dumps(recipe.to_dict()))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [sys.executable, *launch, "-m", "fastast.cli", "fit", file, "--run-dir", run_dir, *options],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def pair(recipe):
+    """Everything that must agree between ranks; an odd number of clips in the last step."""
+    recipe.data.validation = 0.2
+    recipe.augment.mixup = 0.5
+    recipe.augment.crop_seconds, recipe.augment.crop = [0.2, 0.8], "cyclic"
+    recipe.train.epochs = 2
+    recipe.train.log_every, recipe.train.log_clips = 1, True
+    return recipe
+
+
+def test_two_ranks_equal_one_with_the_same_batches(pair, tmp_path):
+    alone = replace(pair, train=replace(pair.train, accumulate=2))
+    fit(alone, tmp_path / "alone", quiet=True)
+    done = torchrun(2, pair, tmp_path / "pair")
+    assert done.returncode == 0, done.stderr
+    # Clip for clip the same batches make up the steps, and a step is the mean over its clips.
+    one, two = (RunDirectory(tmp_path / name).metrics("train") for name in ("alone", "pair"))
+    assert [record["clips"] for record in one] == [record["clips"] for record in two]
+    for name in ("loss", "gradient_norm"):
+        expected = torch.tensor([record[name] for record in one], dtype=torch.float64)
+        found = torch.tensor([record[name] for record in two], dtype=torch.float64)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+    one, two = (RunDirectory(tmp_path / name).metrics("epoch") for name in ("alone", "pair"))
+    for name in ("step", "tokens", "clips", "validation_clips", "validation_accuracy"):
+        assert [record[name] for record in one] == [record[name] for record in two]
+    assert [record["validation_loss"] for record in two] == pytest.approx(
+        [record["validation_loss"] for record in one], rel=1e-5
+    )
+    expected, found = (load_model(tmp_path / name)[0].state_dict() for name in ("alone", "pair"))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_two_ranks_resume_as_one(pair, tmp_path):
+    """A pair that is stopped within an epoch can be taken up by one process, and the reverse."""
+    pair.train = replace(pair.train, checkpoint_minutes=0.0)
+    done = torchrun(2, pair, tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    run = RunDirectory(tmp_path / "whole")
+    state = run.load_checkpoint()
+    assert state["batches_per_step"] == 2 and state["epoch"] == 2
+    pair.train.accumulate = 2
+    fit(pair, tmp_path / "whole", resume=True, quiet=True)  # nothing is left to do
+
+    state["epoch"], state["epoch_step"] = 1, 1
+    run.save_checkpoint(state)
+    pair.train.accumulate = 1
+    with pytest.raises(ValueError, match="2 batches per step, which cannot go on with 1"):
+        fit(pair, tmp_path / "whole", resume=True, quiet=True)
+
+
+def test_sigterm_stops_every_rank_after_a_step(pair, tmp_path):
+    fit(replace(pair, train=replace(pair.train, accumulate=2)), tmp_path / "alone", quiet=True)
+    stopper = """
+import os, signal, sys
+sys.argv = sys.argv[1:]
+import torch
+before = torch.optim.AdamW.step
+steps = 0
+def step(self, *args, **kwargs):
+    global steps
+    steps += 1
+    if steps == 3 and os.environ["RANK"] == "1":  # one rank alone is asked
+        os.kill(os.getpid(), signal.SIGTERM)
+    return before(self, *args, **kwargs)
+torch.optim.AdamW.step = step
+from fastast.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    (tmp_path / "stopper.py").write_text(stopper)
+    file = tmp_path / "pair.json"
+    file.write_text(json.dumps(pair.to_dict()))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run_dir = tmp_path / "pair"
+    command = [tmp_path / "stopper.py", "x", "fit", file, "--run-dir", run_dir]
+    done = subprocess.run(
+        [sys.executable, *launch, *command],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    assert RunDirectory(run_dir).load_checkpoint()["step"] == 3, done.stderr
+    done = torchrun(2, pair, run_dir, "--resume")
+    assert done.returncode == 0, done.stderr
+    one, two = (RunDirectory(tmp_path / name).metrics("train") for name in ("alone", "pair"))
+    assert [record["clips"] for record in one] == [record["clips"] for record in two]
+    assert [record["loss"] for record in two] == pytest.approx(
+        [record["loss"] for record in one], rel=1e-5
+    )

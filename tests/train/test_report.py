@@ -1,0 +1,174 @@
+"""Reports on runs: finished, going on, and killed."""
+
+import json
+
+import pytest
+import yaml
+
+from fastast.train.report import (
+    learning_curves,
+    read_runs,
+    results_table,
+    settings_table,
+    shared_folder,
+    write_report,
+)
+
+
+def make_run(folder, records, *, text="", evaluation=None, **settings):
+    folder.mkdir(parents=True)
+    config = {"optim": {"lr": 1e-3, "betas": [0.9, 0.98]}, "train": {"epochs": 3, "seed": 0}}
+    config["train"] |= settings
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "metrics.jsonl").write_text(lines + text)
+    if evaluation:
+        (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+def epoch(number, loss, accuracy, **more):
+    return {
+        "kind": "epoch",
+        "epoch": number,
+        "step": 10 * (number + 1),
+        "tokens": 500_000 * (number + 1),
+        "seconds": 900.0,
+        "loss": loss,
+        "validation_accuracy": accuracy,
+        "validation_loss": 2 * loss,
+        "validation_clips": 40,
+    } | more
+
+
+def train(step, loss):
+    tokens = 30_000 * step
+    return {"kind": "train", "step": step, "epoch": step // 10, "tokens": tokens, "loss": loss}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    finished = make_run(
+        tmp_path / "finished",
+        [
+            train(5, 2.5),
+            epoch(0, 2.0, 0.5),
+            epoch(1, 1.0, 0.75),
+            train(25, 0.7),
+            epoch(2, 0.5, 0.7),
+        ],
+        evaluation={
+            "clips_of": "test set",
+            "whole": {"accuracy": 0.625, "mAP": 0.7, "clips": 80, "left_out": 2},
+        },
+    )
+    killed = make_run(
+        tmp_path / "killed", [epoch(0, 1.5, None), train(17, 1.25)], text='{"kind": "ep', seed=1
+    )
+    return [finished, killed]
+
+
+def column_of(run, paths):
+    """A run's cells of the table, by the name of their row."""
+    header, *rows = results_table(read_runs(paths))
+    return {row[0]: row[header.index(run)] for row in rows}
+
+
+def test_results(folders):
+    assert column_of("finished", folders) == {
+        "epochs": "3 of 3",
+        "steps": "30",
+        "tokens": "1,500,000",
+        "time": "0:45:00",
+        "training loss": "0.5000",
+        "validation accuracy, last": "70.00%",
+        "validation accuracy, best (epoch)": "75.00% (2)",
+        "validation loss, last": "1.0000",
+        "validation loss, best (epoch)": "1.0000 (3)",
+        "validation clips": "40",
+        "evaluated": "accuracy 62.50% (test set, 80 clips, 2 left out)",
+    }
+    killed = column_of("killed", folders)
+    assert killed == killed | {
+        "epochs": "1 of 3",
+        "steps": "17",
+        "tokens": "510,000",
+        "training loss": "1.5000",
+        "validation accuracy, last": "–",
+        "validation accuracy, best (epoch)": "–",
+        "evaluated": "–",
+    }
+
+
+def test_settings_that_differ(folders, tmp_path):
+    older = make_run(tmp_path / "older", [])
+    (older / "config.yaml").write_text("train: {epochs: 3, lr: 0.01}\n")
+    assert settings_table(read_runs(folders)) == [
+        ["setting", "finished", "killed"],
+        ["train.seed", "0", "1"],
+    ]
+    assert settings_table(read_runs([folders[0], older])) == [
+        ["setting", "finished", "older"],
+        ["optim.lr", "0.001", "–"],
+        ["optim.betas", "[0.9, 0.98]", "–"],
+        ["train.seed", "0", "–"],
+        ["train.lr", "–", "0.01"],
+    ]
+
+
+def test_learning_curves(folders):
+    panels = learning_curves(read_runs(folders))
+    assert panels == {
+        "training loss": {"finished": ([5, 25], [2.5, 0.7]), "killed": ([17], [1.25])},
+        "validation loss": {"finished": ([10, 20, 30], [4.0, 2.0, 1.0]), "killed": ([10], [3.0])},
+        "validation accuracy (%)": {
+            "finished": ([10, 20, 30], [50.0, 75.0, 70.0]),
+            "killed": ([], []),
+        },
+    }
+
+
+def test_multi_label_runs_are_judged_by_map(tmp_path):
+    record = {"kind": "epoch", "epoch": 0, "step": 3, "loss": 0.1, "validation_mAP": 0.25}
+    runs = read_runs([make_run(tmp_path / "run", [record])])
+    assert list(learning_curves(runs)) == ["training loss", "validation mAP (%)"]
+    assert ["validation mAP, best (epoch)", "25.00% (1)"] in results_table(runs)
+
+
+def test_the_kept_weights_have_a_row(folders, tmp_path):
+    final = {"kind": "final", "epoch": 0, "step": 10, "validation_accuracy": 0.8}
+    averaged = make_run(tmp_path / "averaged", [epoch(0, 1.0, 0.6), final])
+    paths = [averaged, folders[0]]
+    assert column_of("averaged", paths)["validation accuracy, kept weights"] == "80.00%"
+    assert column_of("finished", paths)["validation accuracy, kept weights"] == "–"
+
+
+def test_a_run_that_has_just_begun(tmp_path):
+    folder = make_run(tmp_path / "run", [])
+    (folder / "metrics.jsonl").unlink()
+    assert column_of("run", [folder]) == {"epochs": "0 of 3", "steps": "0"}
+    assert write_report(read_runs([folder]), folder).read_text()
+
+
+def test_report_is_written(folders, tmp_path):
+    path = write_report(read_runs(folders), tmp_path / "new")
+    text = path.read_text()
+    assert path == tmp_path / "new" / "report.md"
+    assert (tmp_path / "new" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "![Learning curves](report.png)" in text
+    assert "| train.seed | 0 | 1 |" in text
+    assert "| epochs | 3 of 3 | 1 of 3 |" in text
+
+
+def test_names_and_places(folders, tmp_path):
+    other = make_run(tmp_path / "other" / "finished", [])
+    assert [run.name for run in read_runs([folders[0], other])] == [str(folders[0]), str(other)]
+    assert shared_folder(folders) == tmp_path
+    assert shared_folder(folders[:1]) == folders[0]
+
+
+def test_wrong_folders_say_so(folders, tmp_path):
+    with pytest.raises(ValueError, match=r"is not a run directory: it has no config\.yaml"):
+        read_runs([tmp_path])
+    with pytest.raises(ValueError, match="named twice"):
+        read_runs([folders[0], folders[0]])
