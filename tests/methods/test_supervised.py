@@ -1,9 +1,12 @@
 """The supervised objective, from waveforms to gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from fastast.methods import Supervised
 from fastast.train import build_method, load_data, make_loader
 from fastast.train.loop import measure_statistics
 from tests.testing import poisoned_memory
@@ -75,4 +78,100 @@ def test_one_graph_serves_every_batch(setting):
         if seen >= 50:
             break
     assert seen >= 50
+    assert counter.frame_count == 1
+
+
+class _Fixed(torch.nn.Module):
+    """A model that knows its answer."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits)
+
+    def forward(self, spectrograms, grid):
+        return self.logits
+
+
+def _loss(logits, targets, clip_ids, denominator=1.0, **settings):
+    batch = SimpleNamespace(
+        targets=targets,
+        clip_ids=clip_ids,
+        loss_denominator=torch.tensor(denominator),
+        grid=None,
+    )
+    return Supervised(_Fixed(logits), lambda batch: None, **settings)(batch)["loss"]
+
+
+def test_cross_entropy_of_classes_and_of_shares():
+    logits, ids = torch.randn(5, 4), torch.tensor([7, 3, 9, -1, -1])
+    classes = torch.tensor([2, 0, 1, -100, -100])
+    log_p = logits.double().log_softmax(1)
+    expected = -(log_p[0, 2] + log_p[1, 0] + log_p[2, 1]) / 2.5
+    torch.testing.assert_close(_loss(logits, classes, ids, 2.5), expected.float())
+
+    shares = torch.zeros(5, 4)
+    shares[0, 2], shares[0, 1], shares[1, 0], shares[2, 1] = 0.7, 0.3, 1.0, 1.0
+    expected = -(0.7 * log_p[0, 2] + 0.3 * log_p[0, 1] + log_p[1, 0] + log_p[2, 1]) / 2.5
+    torch.testing.assert_close(_loss(logits, shares, ids, 2.5), expected.float())
+
+
+def test_binary_cross_entropy_of_classes_and_of_any_number_of_them():
+    logits, ids = torch.randn(4, 3), torch.tensor([7, 3, 9, -1])
+    hot = torch.tensor([[1.0, 0, 1], [0, 0, 0], [0.2, 0.8, 0], [0, 0, 0]])
+    p = logits.double().sigmoid()
+    each = -(hot * p.log() + (1 - hot) * (1 - p).log()).mean(1)
+    found = _loss(logits, hot, ids, 3.0, loss="binary_cross_entropy")
+    torch.testing.assert_close(found, (each[:3].sum() / 3).float())
+
+    classes = torch.tensor([2, -100, 1, -100])
+    hot = torch.nn.functional.one_hot(classes.clamp(min=0), 3)
+    each = -(hot * p.log() + (1 - hot) * (1 - p).log()).mean(1)
+    found = _loss(logits, classes, ids, 3.0, loss="binary_cross_entropy")
+    torch.testing.assert_close(found, ((each[0] + each[2]) / 3).float())
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy"])
+def test_what_counts_for_nothing_has_no_gradient(loss):
+    logits = torch.randn(3, 4)
+    logits[1:] = torch.nan
+    method = Supervised(_Fixed(logits), lambda batch: None, loss=loss)
+    batch = SimpleNamespace(
+        targets=torch.tensor([1, -100, -100]),
+        clip_ids=torch.tensor([0, -1, -1]),
+        loss_denominator=torch.tensor(1.0),
+        grid=None,
+    )
+    method(batch)["loss"].backward()
+    gradient = method.model.logits.grad
+    assert gradient[0].abs().sum() > 0
+    assert torch.equal(gradient[1:].nan_to_num(), torch.zeros(2, 4))
+
+
+def test_losses_that_make_no_sense(setting):
+    _, recipe, _ = setting
+    with pytest.raises(ValueError, match="loss must be"):
+        Supervised(_Fixed(torch.zeros(1, 1)), None, loss="hinge")
+    with pytest.raises(ValueError, match="label_smoothing is for"):
+        Supervised(
+            _Fixed(torch.zeros(1, 1)), None, loss="binary_cross_entropy", label_smoothing=0.1
+        )
+    recipe.train.loss = "cross_entropy"
+    with pytest.raises(ValueError, match=r"train\.loss is cross_entropy, which takes one class"):
+        build_method(recipe, 2, multi_label=True)
+    with pytest.raises(ValueError, match="no labels to learn"):
+        build_method(recipe, 0)
+
+
+def test_mixed_batches_compile_into_one_graph(setting):
+    method, recipe, data = setting
+    recipe.augment.mixup, recipe.augment.roll, recipe.augment.noise = 0.5, True, 0.1
+    method = build_method(recipe, 2)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(method, backend=counter, fullgraph=True)
+    torch._dynamo.reset()
+    loader = make_loader(recipe, data, method.model.geometry, training=True, fixed_shapes=True)
+    for epoch in range(3):
+        for batch in loader.epoch(epoch):
+            found = compiled(batch)["loss"]
+            torch.testing.assert_close(found, method(batch)["loss"], rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 1

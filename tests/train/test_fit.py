@@ -225,3 +225,30 @@ def test_a_metrics_line_cut_short_is_left_out(tmp_path):
     with open(run.metrics_path, "a") as file:
         file.write('{"epoch": 1, "lo')
     assert run.metrics() == [{"kind": "epoch", "epoch": 0, "loss": 1.0}]
+
+
+def test_several_labels_per_clip(recipe, tones, tmp_path):
+    """From a table to mAP: binary cross-entropy, balanced draws, mixed waveforms and targets."""
+    lines = ["path,labels"]
+    for path in sorted(tones.rglob("*.wav")):
+        labels = [path.parent.name] + ["long"] * (int(path.stem) >= 10)
+        lines.append(f"{path},{';'.join(labels)}")
+    table = tmp_path / "clips.csv"
+    table.write_text("\n".join(lines) + "\n")
+    recipe.data = replace(
+        recipe.data, root=str(table), kind="csv", balance="with_replacement", clips_per_epoch=50
+    )
+    recipe.augment = replace(recipe.augment, mixup=0.5, time_mask=0.0)
+    recipe = with_train(recipe, epochs=8)
+    fit(recipe, tmp_path / "run", quiet=True)
+    records = RunDirectory(tmp_path / "run").metrics("epoch")
+    assert all(record["clips"] == 50 for record in records)
+    assert "validation_accuracy" not in records[-1]
+    assert records[-1]["validation_mAP"] > 0.8
+
+    method, loaded, class_names = load_model(tmp_path / "run")
+    assert class_names == ["high", "long", "low"]
+    assert method.loss == "binary_cross_entropy"
+    test = load_data(loaded.data, ["test"]).test
+    rows = evaluate_over(method, loaded, test, lengths=[0.9])
+    assert rows["lengths"][0]["mAP"] > 0.8 and rows["lengths"][0]["clips"] == len(test)
