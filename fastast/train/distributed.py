@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +83,11 @@ def joined() -> Iterator[Ranks]:
     local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
     mine = not dist.is_initialized()
     if mine:
+        # DDP imports this module, whose functions have the process group that exists by then as a
+        # default argument. It would outlive us, and with it gloo's threads: a process that exits
+        # with one of them running may abort.
+        import torch.distributed.nn.functional  # noqa: F401
+
         backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(local[0])
@@ -91,4 +97,5 @@ def joined() -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), size, *local)
     finally:
         if mine:
+            gc.collect()  # of DDP's cycles, which hold the process group as well
             dist.destroy_process_group()

@@ -15,15 +15,15 @@ from fastast.train import RunDirectory, fit, load_model
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def torchrun(ranks, recipe, run_dir, *options):
-    """Trains by the command line, as a person would."""
+def torchrun(ranks, recipe, run_dir, *options, program=("-m", "fastast.cli")):
+    """Trains by the command line, as a person would; or by another program that does."""
     file = run_dir.parent / f"{run_dir.name}.json"
     file.write_text(json.dumps(recipe.to_dict()))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.run(
-        [sys.executable, *launch, "-m", "fastast.cli", "fit", file, "--run-dir", run_dir, *options],
+        [sys.executable, *launch, *program, "fit", file, "--run-dir", run_dir, *options],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -65,8 +65,7 @@ def test_two_ranks_equal_one_with_the_same_batches(pair, tmp_path):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-6, msg=name)
 
 
-def test_two_ranks_resume_as_one(pair, tmp_path):
-    """A pair that is stopped within an epoch can be taken up by one process, and the reverse."""
+def test_a_run_within_an_epoch_says_what_it_can_go_on_with(pair, tmp_path):
     pair.train = replace(pair.train, checkpoint_minutes=0.0)
     done = torchrun(2, pair, tmp_path / "whole")
     assert done.returncode == 0, done.stderr
@@ -83,11 +82,8 @@ def test_two_ranks_resume_as_one(pair, tmp_path):
         fit(pair, tmp_path / "whole", resume=True, quiet=True)
 
 
-def test_sigterm_stops_every_rank_after_a_step(pair, tmp_path):
-    fit(replace(pair, train=replace(pair.train, accumulate=2)), tmp_path / "alone", quiet=True)
-    stopper = """
+STOPPER = """
 import os, signal, sys
-sys.argv = sys.argv[1:]
 import torch
 before = torch.optim.AdamW.step
 steps = 0
@@ -99,22 +95,15 @@ def step(self, *args, **kwargs):
     return before(self, *args, **kwargs)
 torch.optim.AdamW.step = step
 from fastast.cli import main
-sys.exit(main(sys.argv[1:]))
+sys.exit(main())
 """
-    (tmp_path / "stopper.py").write_text(stopper)
-    file = tmp_path / "pair.json"
-    file.write_text(json.dumps(pair.to_dict()))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run_dir = tmp_path / "pair"
-    command = [tmp_path / "stopper.py", "x", "fit", file, "--run-dir", run_dir]
-    done = subprocess.run(
-        [sys.executable, *launch, *command],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+
+
+def test_sigterm_stops_every_rank_after_a_step(pair, tmp_path):
+    fit(replace(pair, train=replace(pair.train, accumulate=2)), tmp_path / "alone", quiet=True)
+    run_dir, stopper = tmp_path / "pair", tmp_path / "stopper.py"
+    stopper.write_text(STOPPER)
+    done = torchrun(2, pair, run_dir, program=[stopper])
     assert done.returncode != 0
     assert RunDirectory(run_dir).load_checkpoint()["step"] == 3, done.stderr
     done = torchrun(2, pair, run_dir, "--resume")
@@ -124,3 +113,22 @@ sys.exit(main(sys.argv[1:]))
     assert [record["loss"] for record in two] == pytest.approx(
         [record["loss"] for record in one], rel=1e-5
     )
+
+
+COUNTER = """
+import os, sys
+from fastast.cli import main
+status = main()
+names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+print("threads of gloo:", sum(name.startswith("pt_gloo") for name in names))
+sys.exit(status)
+"""
+
+
+def test_no_thread_of_gloo_outlives_training(pair, tmp_path):
+    """A process that exits while one runs may abort, and torchrun take the run for failed."""
+    pair.train = replace(pair.train, epochs=1)
+    (tmp_path / "counter.py").write_text(COUNTER)
+    done = torchrun(2, pair, tmp_path / "pair", program=[tmp_path / "counter.py"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("threads of gloo: 0") == 2
