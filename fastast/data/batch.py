@@ -110,8 +110,7 @@ class Batch:
             (:data:`fastast.data.sampling.OCCURRENCE`).
         epoch: int64 ``[]``, the other key. A tensor, so that compiled code serves every epoch.
         loss_denominator: float32 ``[]``. The loss of a batch is the sum over its clips divided by
-            this, so that the gradients of all batches of a step, on all ranks, add up to the mean
-            over its clips.
+            this: their number, unless a step has several batches (:meth:`with_denominator`).
         partner_waveforms: int16 ``[samples]``, what is mixed into the clips, end to end; None
             where nothing ever is.
         partner_offsets: int64 ``[S + 1]``, as ``sample_offsets``.
@@ -176,6 +175,14 @@ class Batch:
             **{name: x.pin_memory() for name, x in self._tensors()},
         )
 
+    def with_denominator(self, denominator: float) -> Batch:
+        """The same batch, as one of several of a step.
+
+        With the number of clips of all of them, their gradients add up to the mean over the
+        step's clips.
+        """
+        return replace(self, loss_denominator=torch.tensor(float(denominator)))
+
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         named = ((name, getattr(self, name)) for name in self._TENSORS)
         return ((name, x) for name, x in named if x is not None)
@@ -220,7 +227,6 @@ def collate(
     epoch: int = 0,
     budget: BatchBudget | None = None,
     dense_frames: int | None = None,
-    loss_denominator: float | None = None,
     mixing: bool = False,
     left_out: Sequence[LeftOut] = (),
 ) -> Batch:
@@ -241,7 +247,6 @@ def collate(
         epoch: goes into the batch.
         budget: fixes all shapes; its ``tokens.clips`` is S. Default: exact sizes.
         dense_frames: see :attr:`Batch.dense_frames`.
-        loss_denominator: see :attr:`Batch.loss_denominator`. Default: the number of clips.
         mixing: whether there may be partners; a run's batches are all alike in this.
         left_out: goes into the batch.
 
@@ -307,7 +312,7 @@ def collate(
         targets=_stack_targets([clip.target for clip in clips], num_segments),
         clip_ids=column([clip.clip_id for clip in clips], -1, np.int64),
         epoch=torch.tensor(epoch),
-        loss_denominator=torch.tensor(float(loss_denominator or max(real_clips, 1))),
+        loss_denominator=torch.tensor(float(max(real_clips, 1))),
         partner_waveforms=partner_waveforms,
         partner_offsets=partner_offsets,
         mix_weight=mix_weight,

@@ -250,9 +250,9 @@ class AudioDataset:
         return self.subset(np.flatnonzero(~held_out)), self.subset(np.flatnonzero(held_out))
 
     def digest(self) -> str:
-        """A short name for just these clips, labels and lengths, for telling data sets apart."""
+        """A short name for just these clips with their ids, labels and lengths."""
         found = hashlib.sha256(json.dumps([self.class_names, self.names]).encode())
-        for values in (self._labels.counts, self._labels.values, self.lengths):
+        for values in (self.clip_ids, self._labels.counts, self._labels.values, self.lengths):
             found.update(values.astype("<i8").tobytes())
         return found.hexdigest()[:16]
 

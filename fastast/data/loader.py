@@ -180,7 +180,6 @@ class _BatchMaker:
             epoch=order.epoch,
             budget=self.sizes,
             dense_frames=self.dense_frames,
-            loss_denominator=max(order.loss_denominator, 1e-9),
             mixing=self.mixing,
             left_out=left_out,
         )

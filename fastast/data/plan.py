@@ -66,7 +66,6 @@ class BatchPlan:
         patches: of each clip, before any are dropped.
         partners: rows of the clips that are mixed in, -1 for none.
         mix_weight: the clip's share of the mixture.
-        loss_denominator: see :attr:`fastast.data.Batch.loss_denominator`.
     """
 
     epoch: int
@@ -78,7 +77,6 @@ class BatchPlan:
     patches: np.ndarray
     partners: np.ndarray
     mix_weight: np.ndarray
-    loss_denominator: float
 
 
 @dataclass(frozen=True)
@@ -117,15 +115,10 @@ class EpochPlan:
 
     def batches_of(self, rank: int, first_step: int = 0) -> list[BatchPlan]:
         """The batches of a rank in order, ``accumulate`` for each step from ``first_step`` on."""
-        group, ranks = self.packing.group, self.packing.ranks
-        found = []
-        for step in range(first_step, self.num_steps):
-            bins = self.bins[step * group : (step + 1) * group]
-            denominator = sum(map(len, bins)) / ranks
-            found += [self._batch(visits, denominator) for visits in bins[rank::ranks]]
-        return found
+        first = first_step * self.packing.group + rank
+        return [self._batch(visits) for visits in self.bins[first :: self.packing.ranks]]
 
-    def _batch(self, visits: np.ndarray, denominator: float) -> BatchPlan:
+    def _batch(self, visits: np.ndarray) -> BatchPlan:
         return BatchPlan(
             self.epoch,
             self.rows[visits],
@@ -136,7 +129,6 @@ class EpochPlan:
             self.patches[visits],
             self.partners[visits],
             self.mix_weight[visits],
-            denominator,
         )
 
 

@@ -208,9 +208,11 @@ def make_loader(
             mixup = Mixup(augment.mixup, augment.mixup_alpha)
         sampler = Sampler(balance=recipe.data.balance, clips=recipe.data.clips_per_epoch)
     else:  # whatever was trained on, any clip can be evaluated
-        longest = max(dataset.lengths) / recipe.data.sample_rate
-        longest = longest if limit is None else min(longest, limit)
-        frames = dense_frames or fixed_frames(recipe, longest, shifts[0])
+        rate = recipe.data.sample_rate
+        samples = int(max(dataset.lengths))
+        samples = samples if limit is None else min(samples, int(limit * rate))
+        hop = hop_from_ms(shifts[0], rate)
+        frames = dense_frames or int(frame_counts(samples, window_length(recipe), hop))
         tokens = max(tokens, geometry.num_tokens(max(frames, geometry.min_frames())))
     planner = Planner(
         dataset,

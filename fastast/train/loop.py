@@ -266,13 +266,17 @@ class _Training:
 
     def _train_step(self, batches: list[Batch]) -> None:
         loss = torch.zeros((), device=self.device)
+        # Counted, not planned: clips that could not be read are not there. DDP takes the mean over
+        # the ranks, and the sum is wanted.
+        clips = self.ranks.sum(torch.tensor(sum(batch.num_clips for batch in batches)))
+        denominator = max(int(clips), 1) / self.ranks.size
         for index, batch in enumerate(batches):
             self.meter.count(batch)
             if self.config.log_clips:
                 self.clips += batch.clip_ids[batch.clip_ids >= 0].tolist()
             if batch.left_out:
                 self._note_left_out(batch.left_out)
-            batch = batch.to(self.device, non_blocking=True)
+            batch = batch.with_denominator(denominator).to(self.device, non_blocking=True)
             last = index == len(batches) - 1
             # Gradients go over the ranks once, after the last batch.
             wait = self.ranks.size > 1 and not last
@@ -435,11 +439,11 @@ class _Training:
 
     def _restore(self, state: dict) -> None:
         group = self.loader.planner.packing.group
-        if state["epoch_step"] and state["batches_per_step"] != group:
+        if state["batches_per_step"] != group:
             raise ValueError(
-                f"{self.run.path} stopped within an epoch of {state['batches_per_step']} batches "
-                f"per step, which cannot go on with {group}: choose train.accumulate so that it "
-                "makes as many with the number of processes"
+                f"{self.run.path} was started with {state['batches_per_step']} batches per step "
+                f"and cannot go on with {group}: choose train.accumulate so that it makes as many "
+                "with the number of processes"
             )
         self.method.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

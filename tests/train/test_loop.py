@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastast.data import AudioDataset, Manifest, write_wav
 from fastast.train import RunDirectory, fit, load_data, load_model, loop, make_loader
 from fastast.train.averaging import EMA
 from tests.testing import write_tone
@@ -283,3 +284,41 @@ def test_training_and_evaluation_see_other_settings(recipe):
     assert sum(batch.audio_seconds for batch in evaluation) == pytest.approx(
         data.lengths.sum() / 8000
     )
+
+
+def test_unreadable_clips_do_not_weaken_a_step(damaged, tmp_path):
+    """The loss is the mean over the clips that were read."""
+    recipe = change(damaged, "train", epochs=1, batch_clips=64, batch_tokens=10_000, log_every=1)
+    recipe = change(recipe, "frontend", mean=-5.0, std=3.0)
+    recipe = change(recipe, "augment", gain_db=0.0, time_mask=0.0)
+    fit(recipe, tmp_path / "bad", quiet=True)
+    for file in ("high/3.wav", "low/5.wav"):
+        (tmp_path / "data" / file).unlink()
+    fit(recipe, tmp_path / "good", quiet=True)
+    (bad,), (good,) = (RunDirectory(tmp_path / name).metrics("train") for name in ("bad", "good"))
+    assert bad["loss"] == pytest.approx(good["loss"], rel=0.1)  # other draws, as ids differ
+    state = RunDirectory(tmp_path / "bad").load_checkpoint()
+    assert state["step"] == 1
+
+
+def test_a_file_that_is_mended_makes_other_data(damaged, tmp_path):
+    """Clips behind it would have other numbers, and so other draws."""
+    fit(change(damaged, "train", epochs=1), tmp_path / "run", quiet=True)
+    (tmp_path / "data" / "high" / "3.wav").unlink()
+    with pytest.raises(ValueError, match="are not those that"):
+        fit(change(damaged, "train", epochs=1), tmp_path / "run", resume=True, quiet=True)
+
+
+def test_a_clip_that_just_fills_its_last_patch_can_be_evaluated(recipe, tmp_path):
+    """Lengths go through no floating point on their way to the token budget."""
+    recipe = change(recipe, "frontend", mean=0.0, std=1.0, compression=[1.0])
+    recipe = change(recipe, "train", batch_tokens=2)
+    geometry = loop.build_method(recipe, 2).model.geometry
+    for patches in range(2, 80):
+        samples = 200 + 80 * (8 * patches - 1)
+        path = tmp_path / "a" / f"{patches}.wav"
+        path.parent.mkdir(exist_ok=True)
+        write_wav(path, torch.ones(samples, dtype=torch.int16), 8000)
+        dataset = AudioDataset(Manifest([str(path)], [(0,)], ["a"]), 8000)
+        (batch,) = make_loader(recipe, dataset, geometry).epoch(0)
+        assert batch.num_tokens == geometry.num_tokens(8 * patches)
