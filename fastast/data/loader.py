@@ -6,6 +6,7 @@ what is in it is settled by the plan (:mod:`fastast.data.plan`).
 
 from __future__ import annotations
 
+import signal
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -106,6 +107,11 @@ class PackedLoader:
             return self._from_thread(orders)
         return self._from_processes(orders)
 
+    def silent_batch(self) -> Batch:
+        """A batch without clips, of silence that counts for nothing."""
+        nothing = np.zeros(0, np.int64)
+        return self._make[BatchPlan(0, *[nothing] * 8)]
+
     def _from_thread(self, orders: list[BatchPlan]) -> Iterator[Batch]:
         pending: deque[Future[Batch]] = deque()
 
@@ -202,7 +208,8 @@ class _BatchMaker:
             keep=keep,
         )
         partner = int(order.partners[index])
-        if partner >= 0 and (other := self._read(partner, left_out)) is not None:
+        # One that cannot be read is listed when its own turn comes.
+        if partner >= 0 and (other := self._read(partner, [])) is not None:
             share = float(order.mix_weight[index])
             clip.target.mul_(share).add_(self._target(partner), alpha=1 - share)
             return replace(clip, partner=other[:num_samples], mix_weight=share)
@@ -238,5 +245,8 @@ class _BatchMaker:
 
 
 def _in_a_process(_: int) -> None:
-    """What a process decodes is not there for the others, nor in the next epoch."""
+    # A scheduler may ask every process of a job to stop. Training does, and needs these until then.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    # What a process decodes is not there for the others, nor in the next epoch.
     get_worker_info().dataset.dataset.forget()

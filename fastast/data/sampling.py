@@ -59,6 +59,11 @@ class Sampler:
             raise ValueError(f"balance must be one of {Balance.__args__}, got {self.balance!r}")
         if self.clips is not None and self.clips < 1:
             raise ValueError(f"clips must be at least 1, got {self.clips}")
+        if self.balance == "without_replacement" and self.clips is None:
+            raise ValueError(
+                "balance='without_replacement' visits every clip once, unless clips says how many "
+                "to draw: set clips (data.clips_per_epoch), or balance='with_replacement'"
+            )
         if not self.shuffle and (self.balance != "none" or self.clips is not None):
             raise ValueError("shuffle=False visits every clip once: leave balance and clips out")
 

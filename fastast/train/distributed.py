@@ -89,7 +89,7 @@ def joined() -> Iterator[Ranks]:
         import torch.distributed.nn.functional  # noqa: F401
 
         backend = "gloo"
-        if torch.cuda.is_available():
+        if local[0] < torch.cuda.device_count():
             torch.cuda.set_device(local[0])
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend)

@@ -6,14 +6,14 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastast.data import AudioDataset, AudioError, Batch, LeftOut
+from fastast.data import AudioDataset, AudioError, Batch
 from fastast.ops import hop_from_ms
 from fastast.random import random_bits
 from fastast.train.averaging import EMA, EpochMean, average_files
@@ -39,6 +39,7 @@ from fastast.train.stopping import EarlyStopping
 
 FREE_TO_CHANGE = {
     ("data", "root"),
+    ("data", "bad_files"),
     ("train", "device"),
     ("train", "accumulate"),
     ("train", "workers"),
@@ -46,10 +47,11 @@ FREE_TO_CHANGE = {
     ("train", "log_every"),
     ("train", "log_clips"),
 }
-"""What a run may be resumed with that it was not started with: it changes no number."""
+"""What a run may be resumed with that it was not started with. It changes no number, but for the
+device, whose arithmetic is its own."""
 
-MOST_BAD = 100
-"""Files that may be unusable, however few there are."""
+MOST_BAD = 10
+"""Clips of an epoch that may be unreadable, however few there are."""
 
 
 def fit(
@@ -166,6 +168,7 @@ class _Training:
         for name in ("train", "validation"):
             if part := getattr(data, name):
                 self.progress.say(f"{name}: {part.summary()}")
+        self._check_ranks_agree(recipe, state)
         if state is not None and state["data"] != self.identity:
             raise ValueError(
                 f"the clips in {recipe.data.root} are not those that {run.path} was started with; "
@@ -178,6 +181,8 @@ class _Training:
         self.recipe, self.config = recipe, recipe.train
         self.class_names, self.multi_label = data.train.class_names, data.train.multi_label
         self.metric = config.metric or ("mAP" if self.multi_label else "accuracy")
+        if self.metric == "accuracy" and self.multi_label:
+            raise ValueError("train.metric is accuracy, but clips have several labels: use mAP")
         self._check_validation(data)
 
         torch.manual_seed(config.seed)
@@ -211,7 +216,7 @@ class _Training:
         self.epoch = self.epoch_step = self.step = self.tokens = 0
         self.lr, self.over = 0.0, False
         self.clips: list[int] = []
-        self.undecodable: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
         if state is not None:
             self._restore(state)
         elif ranks.is_first:
@@ -226,6 +231,7 @@ class _Training:
             self.forward = DistributedDataParallel(
                 forward, [self.device] if on_gpu else None, broadcast_buffers=False
             )
+            self._settle_buckets()
 
     def run_to_the_end(self) -> nn.Module:
         self.saved_at = time.monotonic()
@@ -234,7 +240,8 @@ class _Training:
             self.progress,
             contextlib.closing(self.log),
         ):
-            while not self.over and self._share_done() < 1:
+            # A run may have been stopped after the last step, before the end of its epoch.
+            while not self.over and (self.epoch_step or self._share_done() < 1):
                 self._train_epoch()
                 self._finish_epoch()
             return self._finish()
@@ -261,7 +268,7 @@ class _Training:
                 if self.step % self.config.log_every == 0:
                     self._log_steps()
                     self.progress.step(self._share_done(self.epoch_step / num_steps), self.meter)
-                self._save_if_due()
+                self._save_if_due(self.config.checkpoint_minutes)
         self._log_steps()
 
     def _train_step(self, batches: list[Batch]) -> None:
@@ -274,8 +281,7 @@ class _Training:
             self.meter.count(batch)
             if self.config.log_clips:
                 self.clips += batch.clip_ids[batch.clip_ids >= 0].tolist()
-            if batch.left_out:
-                self._note_left_out(batch.left_out)
+            self.left_out.update(batch.left_out)
             batch = batch.with_denominator(denominator).to(self.device, non_blocking=True)
             last = index == len(batches) - 1
             # Gradients go over the ranks once, after the last batch.
@@ -297,6 +303,7 @@ class _Training:
         self._pull()
         if not self.meter.has_window:
             return
+        self._check_readable()
         record = {"epoch": self.epoch, "step": self.step, "tokens": self.tokens, "lr": self.lr}
         record |= self.meter.window()
         if self.config.log_clips:
@@ -321,6 +328,8 @@ class _Training:
 
     def _finish_epoch(self) -> None:
         """Validates, logs and saves."""
+        if self.validation is not None:
+            self._save_if_due(after_minutes=1.0)  # validation may take long
         self.epoch, self.epoch_step = self.epoch + 1, 0
         record = {"epoch": self.epoch - 1, "step": self.step, "tokens": self.tokens, "lr": self.lr}
         record |= self.meter.summary()
@@ -329,9 +338,9 @@ class _Training:
         if self.validation is not None:
             averaged = self.average.weights() if isinstance(self.average, EMA) else None
             with exchanged_weights(self.method.model, averaged):
-                score = evaluate(self.method, self.validation, self.device, title=self._title())
+                score = self._validate()
             record |= {f"validation_{name}": value for name, value in score.to_dict().items()}
-            self._note_left_out(score.left_out)
+            self.left_out.update(score.left_out)
             self._judge(score)
         self.log.write("epoch", record)
         self.progress.epoch(self._share_done(), record)
@@ -342,7 +351,8 @@ class _Training:
     def _judge(self, score: Score) -> None:
         """Lets the plateau schedule, early stopping and the list of best epochs see a score."""
         value = score.loss if self.metric == "loss" else score.metrics.get(self.metric)
-        value = math.nan if value is None else value
+        # The first rank decides: on other machines, the last bit may be another.
+        value = self.ranks.from_first(math.nan if value is None else value)
         self.schedule.observe(value)
         if self.stopping is not None and self.stopping.update(value):
             self.over = True
@@ -359,7 +369,7 @@ class _Training:
         if kept is not None:
             self.method.model.load_state_dict(kept)
             if self.validation is not None and self.config.average != "ema":
-                score = evaluate(self.method, self.validation, self.device, title=self._title())
+                score = self._validate()
                 record = {f"validation_{name}": value for name, value in score.to_dict().items()}
                 self.log.write("final", {"epoch": self.epoch - 1, "step": self.step} | record)
         left_out = self.run.note_left_out([]) if self.ranks.is_first else 0
@@ -369,6 +379,11 @@ class _Training:
                 f"{self.run.left_out_path}"
             )
         return self.method.eval()
+
+    def _validate(self) -> Score:
+        title = None if self.quiet else "validation"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return evaluate(self.method, self.validation, self.device, title=title)
 
     def _kept_weights(self) -> dict[str, Tensor] | None:
         """The average that the recipe asks for; None for the last weights."""
@@ -387,9 +402,9 @@ class _Training:
                 multi_label=self.multi_label,
             )
 
-    def _save_if_due(self) -> None:
+    def _save_if_due(self, after_minutes: float) -> None:
         """Saves within an epoch, when the time has come or the run is to stop."""
-        due = time.monotonic() - self.saved_at >= 60 * self.config.checkpoint_minutes
+        due = time.monotonic() - self.saved_at >= 60 * after_minutes
         due, stop = self.ranks.any(due, self.stop.signal is not None)
         if due or stop:
             self._save()
@@ -399,7 +414,8 @@ class _Training:
 
     def _save(self) -> None:
         self._pull()
-        clips, left_out = zip(*self.ranks.gather((self.clips, self.undecodable)), strict=True)
+        meter = self.meter.state_dict()
+        clips, left_out = zip(*self.ranks.gather((self.clips, self.left_out)), strict=True)
         if self.ranks.is_first:
             self.run.note_left_out(entry for part in left_out for entry in part.items())
             self.run.save_checkpoint(
@@ -419,7 +435,7 @@ class _Training:
                     "tokens": self.tokens,
                     "lr": self.lr,
                     "over": self.over,
-                    "meter": self.meter.state_dict(),
+                    "meter": meter,
                     "clips": list(clips),
                     "log_size": self.log.size(),
                     "rng": torch.get_rng_state(),
@@ -468,15 +484,44 @@ class _Training:
         by_tokens = self.tokens / limit if limit else 0.0
         return min(1.0, max((self.epoch + within_epoch) / self.config.epochs, by_tokens))
 
-    def _note_left_out(self, left_out: Sequence[LeftOut]) -> None:
-        """Notes files that could not be decoded; stops the run when that is not the exception."""
-        self.undecodable.update(left_out)
-        if len(self.undecodable) > max(MOST_BAD, len(self.loader.dataset) // 2):
-            source, reason = left_out[-1]
+    def _check_readable(self) -> None:
+        """Stops a run most of whose clips cannot be read."""
+        totals = self.meter.totals()
+        if totals["left_out"] > max(totals["clips"], MOST_BAD):
+            found = [entry for part in self.ranks.gather(self.left_out) for entry in part.items()]
+            source, reason = found[-1]
             raise ValueError(
-                f"more than half of the clips cannot be decoded, the last one being {source}: "
-                f"{reason}; is the disk there?"
+                f"{totals['left_out']:.0f} clips of epoch {self.epoch} cannot be read and "
+                f"{totals['clips']:.0f} can, the last of the former being {source}: {reason}; is "
+                "the disk there?"
             )
+
+    def _check_ranks_agree(self, recipe: Recipe, state: dict | None) -> None:
+        """Every rank must see the same files: the same data, and the same run directory."""
+        step = None if state is None else state["step"]
+        everyone = self.ranks.gather((self.identity, recipe.to_dict(), step))
+        for what, values in zip(
+            ("data", "recipe", "checkpoint"), zip(*everyone, strict=True), strict=True
+        ):
+            for rank, value in enumerate(values):
+                if value != values[0]:
+                    raise ValueError(
+                        f"process {rank} sees another {what} than process 0: data and run "
+                        "directory must be the same on all machines"
+                    )
+
+    def _settle_buckets(self) -> None:
+        """Lets DDP order its gradients for good, before the first step.
+
+        After a first backward pass it puts them into the order in which they came; sums over more
+        than two ranks depend on it, and a resumed run would take its first step in the other order.
+        """
+        batch = self.loader.silent_batch().to(self.device)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                loss = self.forward(batch)["loss"]
+            loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _check_validation(self, data: Splits) -> None:
         asks = {
@@ -487,9 +532,6 @@ class _Training:
         for setting, asked in asks.items():
             if asked and data.validation is None:
                 raise ValueError(f"{setting} needs clips to validate on: set data.validation")
-
-    def _title(self) -> str | None:
-        return None if self.quiet else "validation"
 
 
 @contextlib.contextmanager

@@ -115,8 +115,7 @@ class Meter:
 
     def summary(self) -> dict[str, float | None]:
         """The epoch in numbers; its steps have been through :meth:`window`."""
-        counted = torch.tensor(list(self._counts.values()), dtype=torch.float64)
-        totals = dict(zip(self._COUNTERS, self.ranks.sum(counted).tolist(), strict=True))
+        totals = self.totals()
         self._counts = {name: value / self.ranks.size for name, value in totals.items()}
         steps = max(self._steps, 1)
         return {
@@ -126,12 +125,17 @@ class Meter:
             "left_out": round(totals["left_out"]),
         } | self.rates()
 
+    def totals(self) -> dict[str, float]:
+        """What all ranks have counted."""
+        counted = torch.tensor(list(self._counts.values()), dtype=torch.float64)
+        return dict(zip(self._COUNTERS, self.ranks.sum(counted).tolist(), strict=True))
+
     def state_dict(self) -> dict:
-        """What a resumed run needs. All losses have been pulled."""
+        """What a resumed run needs. All losses have been pulled; all ranks must ask."""
         return {
             "elapsed": self._elapsed(),
             "waited": self._waited,
-            "counts": dict(self._counts),
+            "counts": self.totals(),
             "window": [list(step) for step in self._window],
             "sums": list(self._sums),
             "steps": self._steps,
@@ -141,7 +145,8 @@ class Meter:
         """Goes on from there."""
         self._elapsed_before = state["elapsed"]
         self._waited = state["waited"]
-        self._counts = dict(state["counts"])
+        size = self.ranks.size
+        self._counts = {name: value / size for name, value in state["counts"].items()}
         self._window = [list(step) for step in state["window"]]
         self._sums, self._steps = list(state["sums"]), state["steps"]
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastast.models.vit import Trunk
+from fastast.train.settings import check_choices
 
 FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
 """Where Adam updates all parameters in one kernel."""
@@ -82,10 +83,7 @@ class OptimConfig:
     epoch_factors: list[list[float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            choices = get_args(hint)
-            if get_origin(hint) is Literal and getattr(self, name) not in choices:
-                self._reject(name, f"one of {', '.join(choices)}")
+        check_choices(self, "optim")
         end = self.weight_decay_end
         epochs = [row[0] for row in self.epoch_factors]
         for fits, name, condition in (

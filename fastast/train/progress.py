@@ -68,8 +68,7 @@ class Progress:
             return
         self.last_line = time.perf_counter()
         line = (
-            f"{done:4.0%}  epoch {record['epoch'] + 1}  "
-            f"loss {record['loss']:.4f}  {_rates(record)}"
+            f"{done:4.0%}  epoch {record['epoch'] + 1}  loss {record['loss']:.4f}  {_rates(record)}"
         )
         scores = [
             f"{name} {record[f'validation_{name}']:.1%}"

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from fastast.train.optim import OptimConfig
+from fastast.train.settings import check_choices
 
 
 @dataclass
@@ -46,6 +47,9 @@ class DataConfig:
     bad_files: Literal["skip", "stop"] = "skip"
     balance: Literal["none", "with_replacement", "without_replacement"] = "none"
     clips_per_epoch: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choices(self, "data")
 
 
 @dataclass
@@ -104,6 +108,9 @@ class AugmentConfig:
     noise: float = 0.0
     roll_frames: int = 0
     token_drop: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choices(self, "augment")
 
 
 @dataclass
@@ -191,12 +198,18 @@ class TrainConfig:
     log_clips: bool = False
 
     def __post_init__(self) -> None:
+        check_choices(self, "train")
         for name in ("epochs", "batch_tokens", "batch_clips", "accumulate", "packing_window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("average_from", "average_best", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.average == "epochs" and self.average_from > self.epochs:
+            raise ValueError(
+                f"train.average_from ({self.average_from}) comes after the last of "
+                f"train.epochs ({self.epochs})"
+            )
         if not 0 < self.ema_decay < 1:
             raise ValueError(f"train.ema_decay must lie between 0 and 1, got {self.ema_decay}")
         if self.patience is not None and self.patience < 1:

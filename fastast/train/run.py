@@ -100,6 +100,7 @@ class RunDirectory:
         write_atomically(self.path / "config.yaml", lambda path: path.write_text(text))
         self.metrics_path.unlink(missing_ok=True)
         self.left_out_path.unlink(missing_ok=True)
+        self.model_path.unlink(missing_ok=True)
         for folder in ("tensorboard", "best"):
             shutil.rmtree(self.path / folder, ignore_errors=True)
 

@@ -1,10 +1,14 @@
 """What the loop does besides training: averages, early stopping, signals, bad files, logs."""
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,8 @@ from fastast.data import AudioDataset, Manifest, write_wav
 from fastast.train import RunDirectory, fit, load_data, load_model, loop, make_loader
 from fastast.train.averaging import EMA
 from tests.testing import write_tone
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def change(recipe, section, **settings):
@@ -189,12 +195,13 @@ def test_bad_files_stop_a_run_that_asks_for_it(damaged, tmp_path, file, workers)
         fit(recipe, tmp_path / "run", quiet=True)
 
 
-def test_a_vanished_disk_stops_a_run(recipe, tones, tmp_path, monkeypatch):
+@pytest.mark.parametrize("validation", [0.0, 0.2])
+def test_a_vanished_disk_stops_a_run(recipe, tones, tmp_path, monkeypatch, validation):
     root = tmp_path / "data"
     shutil.copytree(tones, root)
-    recipe = change(recipe, "data", root=str(root), validation=0.0, test=0.0)
+    recipe = change(recipe, "data", root=str(root), validation=validation, test=0.0)
     recipe = change(recipe, "frontend", mean=-5.0, std=3.0)
-    monkeypatch.setattr(loop, "MOST_BAD", 3)
+    recipe = change(recipe, "train", log_every=1)
     monkeypatch.setattr("fastast.data.dataset.CACHE_BYTES", 0)
     make = loop.make_loader
 
@@ -203,8 +210,78 @@ def test_a_vanished_disk_stops_a_run(recipe, tones, tmp_path, monkeypatch):
         return make(*args, **kwargs)
 
     monkeypatch.setattr(loop, "make_loader", unmount)
-    with pytest.raises(ValueError, match="more than half of the clips cannot be decoded"):
+    with pytest.raises(ValueError, match="cannot be read and 0 can.*is the disk there"):
         fit(recipe, tmp_path / "run", quiet=True)
+    assert not RunDirectory(tmp_path / "run").model_path.exists()
+
+
+def test_a_run_stopped_after_its_last_step_finishes_its_epoch(recipe, tmp_path, monkeypatch):
+    recipe = change(recipe, "train", epochs=50, max_tokens=700, checkpoint_minutes=0.0)
+    fit(recipe, tmp_path / "whole", quiet=True)
+
+    def die(self):
+        if self._share_done() >= 1:
+            raise KeyboardInterrupt
+        finish(self)
+
+    finish = loop._Training._finish_epoch
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop._Training, "_finish_epoch", die)
+        fit(recipe, tmp_path / "cut", quiet=True)
+    fit(recipe, tmp_path / "cut", resume=True, quiet=True)
+    for kind in ("train", "epoch"):
+        whole, cut = (
+            [(record["step"], record["loss"]) for record in RunDirectory(path).metrics(kind)]
+            for path in (tmp_path / "whole", tmp_path / "cut")
+        )
+        assert whole == cut
+    one, two = kept(tmp_path / "whole"), kept(tmp_path / "cut")
+    assert all(torch.equal(two[name], value) for name, value in one.items())
+
+
+SLOW_RUN = """
+import json, sys, time
+from fastast.train import Recipe, fit, loop
+step = loop._Training._train_step
+def slow(self, batches):
+    step(self, batches)
+    time.sleep(0.05)
+    print("step", flush=True)
+loop._Training._train_step = slow
+fit(Recipe.from_dict(json.loads(open(sys.argv[1]).read())), sys.argv[2], quiet=True)
+"""
+
+
+def test_decoding_processes_live_until_the_state_is_saved(recipe, tmp_path):
+    """A scheduler that stops a job signals all its processes."""
+    recipe = change(recipe, "train", epochs=500, workers=2)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    command = [sys.executable, "-c", SLOW_RUN, tmp_path / "recipe.json", tmp_path / "run"]
+    run = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    for _ in range(8):
+        assert run.stdout.readline() == "step\n"
+    os.killpg(run.pid, signal.SIGTERM)
+    run.stdout.read()
+    assert run.wait(timeout=60) == 143
+    assert RunDirectory(tmp_path / "run").load_checkpoint()["step"] >= 8
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "message"),
+    [
+        ("train", {"average": "bset"}, r"train\.average must be one of last, ema, epochs, best"),
+        ("train", {"metric": "f1"}, r"train\.metric must be one of accuracy"),
+        ("train", {"average": "epochs", "average_from": 9}, "comes after the last of train.epochs"),
+        ("data", {"balance": "always"}, r"data\.balance must be one of"),
+        ("augment", {"crop": "middle"}, r"augment\.crop must be one of"),
+        ("optim", {"clip": "some"}, r"optim\.clip must be one of global, per_tensor"),
+    ],
+)
+def test_settings_that_there_are_not(recipe, section, setting, message):
+    with pytest.raises(ValueError, match=message):
+        change(recipe, section, **setting)
 
 
 def test_workers_change_nothing(recipe, tmp_path):
