@@ -30,7 +30,8 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch's shift copies the sign bit; drop it
 
 
-def _splitmix64(x: Tensor) -> Tensor:
+def splitmix64(x: Tensor) -> Tensor:
+    """Mixes int64 numbers, each by itself; the arithmetic wraps around."""
     x = x + _GOLDEN
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
@@ -54,9 +55,9 @@ def random_bits(
     purpose = purpose_key(purpose) if isinstance(purpose, str) else purpose
     state = torch.full_like(clips, seed, dtype=torch.int64)
     for key in (purpose, epoch, clips):
-        state = _splitmix64(state ^ key)
+        state = splitmix64(state ^ key)
     index = torch.arange(draws, device=clips.device, dtype=torch.int64)
-    return _splitmix64(_splitmix64(state[:, None]) ^ index)
+    return splitmix64(splitmix64(state[:, None]) ^ index)
 
 
 def random_uniform(

@@ -45,6 +45,10 @@ def main(argv: list[str]) -> int:
 
     import torch
 
+    from fastast.ops import _native
+
+    for device, state in _native.status().items():
+        report("filterbank", f"{device} kernels {state}")
     report("CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

@@ -1,20 +1,17 @@
-"""The Kaldi log-mel filterbank as a module: waveforms in, spectrograms out."""
+"""Log-mel filterbanks as a module: waveforms in, spectrograms out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastast.ops.mel_filterbank import (
-    MelPlan,
-    dense_mel_filterbank,
-    frame_segments,
-    hop_from_ms,
-    mel_filterbank,
-)
+from fastast.ops._library import check_choice
+from fastast.ops.mel_filterbank import dense_mel_filterbank, mel_filterbank
+from fastast.ops.mel_plan import MelPlan, frame_segments, hop_from_ms
 from fastast.segments import Segments, Spectrograms
 
 
@@ -23,49 +20,44 @@ class MelFilterbank(nn.Module):
 
     The defaults are the front end of AST. The module has no parameters and nothing in its state
     dict; its tables follow ``.to(device)`` and stay float32 under ``.half()`` or ``.bfloat16()``,
-    and it computes in float32 under autocast. No gradient flows to the waveforms:
-    :func:`fastast.ops.mel_filterbank_reference` is the differentiable form.
+    and it computes in float32 under autocast. A gradient flows to waveforms that require one, at
+    the price of a slower computation.
 
     Args:
-        sample_rate: of the waveforms, in Hz. There is no resampling.
-        num_mels: mel bins.
-        frame_shift_ms: from a frame to the next, where a call does not say otherwise.
-        frame_length_ms: of the window.
-        low_freq: where the lowest mel bin begins, in Hz.
-        high_freq: where the highest mel bin ends, in Hz; default half of ``sample_rate``.
-        preemphasis: between 0 (none) and 1.
-        mean: with ``std``, normalises as AST does: ``(x - mean) / (2 std)``. Default: none.
-        std: see ``mean``.
+        sample_rate: of the waveforms, in Hz. There is no resampling. Default: the preset's,
+            16000 for ``"kaldi"``.
+        num_mels: mel bins. Default: the preset's, 128 for ``"kaldi"``.
+        preset: which front end: ``"kaldi"``, ``"htsat"`` or ``"epic_sounds"``.
+        frame_shift_ms: from a frame to the next, where a call does not say otherwise. Default:
+            10, and 5 for ``"epic_sounds"``.
+        dtype: of the spectrograms: float32, or bfloat16, to which they are rounded.
+        settings: of the preset; see :meth:`MelPlan.kaldi <fastast.ops.MelPlan.kaldi>`, ``htsat``
+            and ``epic_sounds``. All have ``low_freq``, ``high_freq``, and AST's normalisation
+            ``(x - mean) / (2 std)`` with ``mean`` and ``std``.
 
     Raises:
         ValueError: settings that contradict each other.
+        TypeError: settings that the preset does not have.
     """
 
     def __init__(
         self,
-        sample_rate: int = 16000,
-        num_mels: int = 128,
+        sample_rate: float | None = None,
+        num_mels: int | None = None,
         *,
-        frame_shift_ms: float = 10.0,
-        frame_length_ms: float = 25.0,
-        low_freq: float = 20.0,
-        high_freq: float | None = None,
-        preemphasis: float = 0.97,
-        mean: float | None = None,
-        std: float | None = None,
+        preset: str = "kaldi",
+        frame_shift_ms: float | None = None,
+        dtype: torch.dtype = torch.float32,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        self._plan = MelPlan.kaldi(
-            sample_rate,
-            num_mels,
-            frame_length_ms=frame_length_ms,
-            low_freq=low_freq,
-            high_freq=high_freq,
-            preemphasis=preemphasis,
-            mean=mean,
-            std=std,
-        )
-        self.frame_shift = hop_from_ms(frame_shift_ms, sample_rate)
+        check_choice("preset", preset, tuple(MelPlan.PRESETS))
+        given = {"sample_rate": sample_rate, "num_mels": num_mels}
+        settings |= {name: value for name, value in given.items() if value is not None}
+        self._plan = getattr(MelPlan, preset)(**settings)
+        shift = MelPlan.PRESETS[preset] if frame_shift_ms is None else frame_shift_ms
+        self.frame_shift = hop_from_ms(shift, self._plan.sample_rate)
+        self.dtype = dtype
         for name in MelPlan.TABLES:
             self.register_buffer(name, getattr(self._plan, name), persistent=False)
 
@@ -84,6 +76,7 @@ class MelFilterbank(nn.Module):
         frame_shift: Tensor | Sequence[int] | int | None = None,
         frames: Segments | None = None,
         num_rows: int | None = None,
+        dither_keys: Tensor | None = None,
     ) -> Spectrograms | Tensor:
         """Waveforms in one of three forms to frames.
 
@@ -100,9 +93,11 @@ class MelFilterbank(nn.Module):
                 :func:`fastast.ops.frame_segments`. A data loader makes it; without it, it is
                 made here, which needs ``sample_offsets`` and ``frame_shift`` on the CPU.
             num_rows: first form only: rows of the stream, where ``frames`` has a budget.
+            dither_keys: of each clip, from :func:`fastast.ops.mel_filterbank.dither_keys`; needed
+                if the settings have ``dither``.
 
         Returns:
-            ``Spectrograms`` for the first two forms, float32 ``[B, T, num_mels]`` for the third.
+            ``Spectrograms`` for the first two forms, ``[B, T, num_mels]`` for the third.
 
         Raises:
             ValueError: arguments that do not fit together; see
@@ -116,15 +111,19 @@ class MelFilterbank(nn.Module):
                 "leave them out for a list or a [clips, samples] tensor"
             )
         if packed:
-            return self._packed(waveforms, sample_offsets, frame_shift, frames, num_rows)
+            return self._packed(
+                waveforms, sample_offsets, frame_shift, frames, num_rows, dither_keys
+            )
         if not isinstance(waveforms, Tensor):
-            return self._packed(*_pack(waveforms), frame_shift, None, None)
+            return self._packed(*_pack(waveforms), frame_shift, None, None, dither_keys)
         if not isinstance(frame_shift, int):
             raise ValueError(
                 "frame_shift must be one number for a [clips, samples] tensor; pass a list of "
                 "clips to give each its own"
             )
-        return dense_mel_filterbank(waveforms, frame_shift, self.plan)
+        return dense_mel_filterbank(
+            waveforms, frame_shift, self.plan, dither_keys=dither_keys, dtype=self.dtype
+        )
 
     def _packed(
         self,
@@ -133,6 +132,7 @@ class MelFilterbank(nn.Module):
         frame_shift: Tensor | Sequence[int] | int,
         frames: Segments | None,
         num_rows: int | None,
+        dither_keys: Tensor | None,
     ) -> Spectrograms:
         if sample_offsets is None:
             raise ValueError(
@@ -160,6 +160,8 @@ class MelFilterbank(nn.Module):
             frames,
             plan,
             num_rows,
+            dither_keys=dither_keys,
+            dtype=self.dtype,
         )
         return Spectrograms(rows, frames)
 

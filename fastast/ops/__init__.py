@@ -1,17 +1,27 @@
 """The functional API: every operation on a packed stream, for any device."""
 
+from fastast.ops import _native
 from fastast.ops.mel_filterbank import (
     MelPlan,
+    dither_keys,
     frame_segments,
     hop_from_ms,
     mel_filterbank,
     mel_filterbank_reference,
 )
-from fastast.ops.packed_attention import packed_attention, packed_attention_qkv
+from fastast.ops.mel_plan import Padding
+from fastast.ops.packed_attention import (
+    flash_attn_varlen_func,
+    packed_attention,
+    packed_attention_qkv,
+)
 from fastast.ops.segment_pool import segment_pool
 
 __all__ = [
     "MelPlan",
+    "Padding",
+    "dither_keys",
+    "flash_attn_varlen_func",
     "frame_segments",
     "hop_from_ms",
     "mel_filterbank",
@@ -20,3 +30,5 @@ __all__ = [
     "packed_attention_qkv",
     "segment_pool",
 ]
+
+_native.load()

@@ -1,267 +1,76 @@
-"""Kaldi log-mel filterbank of a ragged batch of waveforms.
+"""Log-mel filterbank of a ragged batch of waveforms.
 
-Frame ``t`` of a clip is the window of ``N`` samples that begins ``t * frame_shift`` samples into
-it; there are ``1 + (L - N) // frame_shift`` of them in ``L`` samples, none if ``L < N``. Each
-frame ``x`` goes through::
+Frame ``t`` of a clip is a window of ``N`` samples; a :class:`~fastast.ops.mel_plan.MelPlan` says
+where it begins (:class:`~fastast.ops.mel_plan.Padding`) and holds the tables ``w`` and ``W`` and
+the options. Each frame ``x`` goes through::
 
-    y[i] = x[i] - mean(x)                                 remove the frame's DC offset
-    z[i] = y[i] - 0.97 y[max(i - 1, 0)]                   pre-emphasis, inside the frame
-    w[i] = z[i] (0.5 - 0.5 cos(2 pi i / (N - 1)))         symmetric Hann window
-    P[k] = |FFT(w, zero-padded to the next power of two)[k]|^2        0 <= k < fft_size / 2
+    x[i] = x[i] + dither g[i]                             noise, if asked
+    y[i] = x[i] - mean(x)                                 remove the frame's DC offset, if asked
+    z[i] = y[i] - preemphasis y[max(i - 1, 0)]            pre-emphasis, inside the frame
+    P[k] = |FFT(w z, followed by zeros)[k]|^2             or without the square
     E[m] = sum_k W[m, k] P[k]                             triangles on the mel scale
-    out[m] = ln max(E[m], 2^-23)                          then, if asked, (out - mean) / (2 std)
+    out[m] = log_scale ln(max(E[m], floor) + offset)      then, if asked, (out - mean) / (2 std)
 
-``W`` has triangles with equal spacing in ``mel(f) = 1127 ln(1 + f / 700)`` between ``low_freq``
-and ``high_freq``, straight-sided in mel, sampled at the FFT's bins below the Nyquist frequency.
-Narrow triangles may miss all bins: at 16 kHz, bin 3 of 128 is empty and always ``ln 2^-23``.
-These are the numbers of Kaldi's ``compute-fbank-feats`` (Povey et al., "The Kaldi speech
-recognition toolkit", 2011) with the options of AST (Gong et al., 2021): no dither, window type
-``hanning``, samples in [-1, 1]. The normalisation is AST's.
+The normalisation is AST's. Each clip has its own frame shift, so one batch may mix time
+resolutions (ElasticAST).
 
-Each clip has its own frame shift, so one batch may mix time resolutions (ElasticAST).
+The noise ``g`` is Gaussian and counter-based: with the clip's key, sample ``i`` of frame ``t`` has
+the bits ``h`` and, from two of their parts (Box and Muller, 1958), the value ``g``::
+
+    h = splitmix64(splitmix64(key ^ t) ^ i)
+    g = sqrt(-2 ln(((h >> 40 & 0xffffff) + 1) / 2^24)) cos(2 pi (h >> 16 & 0xffffff) / 2^24)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastast.ops._library import ANY_DEVICE, LIBRARY
-from fastast.segments import Segments, TokenBudget
+from fastast.ops.mel_plan import (
+    MelPlan,
+    Padding,
+    first_sample,
+    frame_counts,
+    frame_segments,
+    hop_from_ms,
+)
+from fastast.random import purpose_key, random_bits, splitmix64
+from fastast.segments import Segments
 
-ENERGY_FLOOR = 2.0**-23
-"""Mel energies below this are raised to it before the logarithm."""
+__all__ = [
+    "INT16_SCALE",
+    "MelPlan",
+    "dense_mel_filterbank",
+    "dither_keys",
+    "frame_counts",
+    "frame_segments",
+    "hop_from_ms",
+    "mel_filterbank",
+    "mel_filterbank_reference",
+    "portable_mel_filterbank",
+]
 
 INT16_SCALE = 2.0**-15
 """What int16 samples are multiplied with, so that they lie in [-1, 1)."""
 
+_DITHER = purpose_key("dither")
 
-def hop_from_ms(shift_ms: float, sample_rate: int) -> int:
-    """Samples per frame shift, rounded down as Kaldi's front ends round it.
 
-    A product that ought to be a whole number may come out one lower in floating point; the
-    order of the factors decides where. This order gives torchaudio's frame counts for every
-    shift, and exact ones for a shift of ``10 * C`` ms with ``C`` on a grid of 0.001.
+def dither_keys(seed: int, epoch: int | Tensor, clips: Tensor) -> Tensor:
+    """What the noise of a dithered filterbank is drawn from: int64 ``[S]``.
 
     Args:
-        shift_ms: in milliseconds.
-        sample_rate: in Hz.
-
-    Raises:
-        ValueError: the shift is shorter than one sample.
+        seed: of the run.
+        epoch: of the training.
+        clips: int64 ``[S]``, stable identifiers of the clips, such as their index in the data set.
+            The same clip gets the same noise in any batch.
     """
-    hop = int(sample_rate * shift_ms * 0.001)
-    if hop < 1:
-        raise ValueError(
-            f"shift_ms={shift_ms} is shorter than one sample at sample_rate={sample_rate}; "
-            f"it must be at least {1000 / sample_rate:.3g} ms"
-        )
-    return hop
-
-
-def frame_counts(
-    num_samples: int | np.ndarray, window_length: int, frame_shift: int | np.ndarray
-) -> int | np.ndarray:
-    """Frames of clips of so many samples: one wherever a whole window fits."""
-    frames = 1 + (np.asarray(num_samples) - window_length) // frame_shift
-    return np.where(np.asarray(num_samples) < window_length, 0, frames)[()]
-
-
-def hanning_window(length: int) -> Tensor:
-    """Symmetric Hann window: float64 ``[length]``, zero at both ends."""
-    angle = _arange(0, length) * (2 * math.pi / (length - 1))
-    return 0.5 - 0.5 * torch.cos(angle)
-
-
-def mel_triangles(
-    sample_rate: int, num_mels: int, fft_size: int, low_freq: float, high_freq: float
-) -> Tensor:
-    """Weights ``W[m, k]`` of the FFT's bins below Nyquist: float64 ``[num_mels, fft_size / 2]``."""
-
-    low, high = (1127.0 * math.log1p(freq / 700.0) for freq in (low_freq, high_freq))
-    step = (high - low) / (num_mels + 1)
-    center = low + step * _arange(1, num_mels + 1)
-    freq = _arange(0, fft_size // 2) * (sample_rate / fft_size)
-    mel = 1127.0 * torch.log1p(freq / 700.0)
-    return (1.0 - (mel - center[:, None]).abs() / step).clamp(min=0.0)
-
-
-def _arange(begin: int, end: int) -> Tensor:
-    # On the CPU even where the default device is another, or "meta" while a model is laid out.
-    return torch.arange(begin, end, dtype=torch.float64, device="cpu")
-
-
-@dataclass(frozen=True, eq=False)
-class MelPlan:
-    """Settings of a filterbank and the tables that follow from them; make it with :meth:`kaldi`.
-
-    The tables are computed in float64 and rounded to float32. The weights are in compressed
-    rows, as each FFT bin feeds two mel bins at most: mel bin ``m`` sums
-    ``mel_taps[j] * P[mel_bins[j]]`` over ``mel_starts[m] <= j < mel_starts[m + 1]``.
-
-    Attributes:
-        sample_rate: of the waveforms, in Hz.
-        num_mels: mel bins.
-        window_length: samples of a frame.
-        fft_size: the next power of two.
-        low_freq: where the lowest triangle begins, in Hz.
-        high_freq: where the highest triangle ends, in Hz.
-        preemphasis: 0.97 in Kaldi.
-        mean: of the log-mel values of the data set, or None for no normalisation.
-        std: their standard deviation, or None.
-        window: float32 ``[window_length]``.
-        mel_bins: int64 ``[nnz]``, FFT bins.
-        mel_taps: float32 ``[nnz]``, weights.
-        mel_starts: int64 ``[num_mels + 1]``.
-    """
-
-    sample_rate: int
-    num_mels: int
-    window_length: int
-    fft_size: int
-    low_freq: float
-    high_freq: float
-    preemphasis: float
-    mean: float | None
-    std: float | None
-    window: Tensor
-    mel_bins: Tensor
-    mel_taps: Tensor
-    mel_starts: Tensor
-
-    TABLES: ClassVar = ("window", "mel_bins", "mel_taps", "mel_starts")
-    """Names of the attributes that are tensors."""
-
-    @classmethod
-    def kaldi(
-        cls,
-        sample_rate: int = 16000,
-        num_mels: int = 128,
-        *,
-        frame_length_ms: float = 25.0,
-        low_freq: float = 20.0,
-        high_freq: float | None = None,
-        preemphasis: float = 0.97,
-        mean: float | None = None,
-        std: float | None = None,
-    ) -> MelPlan:
-        """Builds the tables, on the CPU.
-
-        Args:
-            sample_rate: of the waveforms, in Hz.
-            num_mels: mel bins.
-            frame_length_ms: rounded down to whole samples.
-            low_freq: in Hz.
-            high_freq: in Hz; default half the sample rate.
-            preemphasis: between 0 (none) and 1.
-            mean: log-mel mean of the data set, such as -4.2677393 for AudioSet.
-            std: log-mel standard deviation, such as 4.5689974.
-
-        Raises:
-            ValueError: settings that contradict each other.
-        """
-        window_length = int(sample_rate * frame_length_ms * 0.001)
-        if window_length < 2:
-            raise ValueError(
-                f"frame_length_ms={frame_length_ms} is {window_length} samples at "
-                f"sample_rate={sample_rate}; a frame needs at least 2"
-            )
-        fft_size = 1 << (window_length - 1).bit_length()
-        nyquist = 0.5 * sample_rate
-        high_freq = nyquist if high_freq is None else high_freq
-        if not 0.0 <= low_freq < high_freq <= nyquist:
-            raise ValueError(
-                f"low_freq={low_freq} and high_freq={high_freq} must satisfy 0 <= low_freq < "
-                f"high_freq <= {nyquist} (half of sample_rate={sample_rate}); is sample_rate "
-                "that of the waveforms?"
-            )
-        if not 1 <= num_mels <= fft_size // 2:
-            raise ValueError(
-                f"num_mels={num_mels} must lie between 1 and {fft_size // 2}, the bins of the "
-                f"{fft_size}-point FFT of {window_length} samples; lower num_mels or raise "
-                "frame_length_ms"
-            )
-        if not 0.0 <= preemphasis <= 1.0:
-            raise ValueError(f"preemphasis must lie between 0 and 1, got {preemphasis}")
-        if (mean is None) != (std is None):
-            raise ValueError(f"mean={mean} and std={std}: pass both, or neither")
-        if std is not None and std <= 0:
-            raise ValueError(f"std must be positive, got {std}")
-
-        weights = mel_triangles(sample_rate, num_mels, fft_size, low_freq, high_freq)
-        rows, bins = weights.nonzero(as_tuple=True)
-        starts = F.pad((weights > 0).sum(dim=1).cumsum(dim=0), (1, 0))
-        return cls(
-            sample_rate,
-            num_mels,
-            window_length,
-            fft_size,
-            low_freq,
-            high_freq,
-            preemphasis,
-            mean,
-            std,
-            hanning_window(window_length).float(),
-            bins,
-            weights[rows, bins].float(),
-            starts,
-        )
-
-    def to(self, device: torch.device | str) -> MelPlan:
-        """The same plan with its tables on another device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in self.TABLES})
-
-    def num_frames(self, num_samples: int, frame_shift: int) -> int:
-        """Frames of a clip."""
-        return int(frame_counts(num_samples, self.window_length, frame_shift))
-
-    def normalized(self, value: float) -> float:
-        """What an unnormalised log-mel value becomes in the output.
-
-        ``normalized(0.0)`` is the value of AST's padding and SpecAugment masks, which are zeros
-        written before the normalisation.
-        """
-        return value if self.mean is None else (value - self.mean) / (2 * self.std)
-
-
-def frame_segments(
-    num_samples: Sequence[int],
-    frame_shift: int | Sequence[int],
-    plan: MelPlan,
-    budget: TokenBudget | None = None,
-) -> Segments:
-    """The frame stream that clips of these lengths yield. Runs on the host, in the loader.
-
-    Args:
-        num_samples: of each clip; clips shorter than a frame yield none.
-        frame_shift: in samples, of all clips or of each.
-        plan: says how long a frame is.
-        budget: of the frame stream: ``tokens`` are frames.
-
-    Raises:
-        ValueError: lengths that do not match or are negative, a shift below one sample, or
-            clips that do not fit the budget.
-    """
-    num_samples = np.asarray(num_samples, np.int64)
-    frame_shift = np.asarray(frame_shift, np.int64)
-    if frame_shift.ndim and frame_shift.shape != num_samples.shape:
-        raise ValueError(
-            f"frame_shift holds {frame_shift.size} shifts for {num_samples.size} clips; "
-            "pass one number, or one per clip"
-        )
-    if (num_samples < 0).any():
-        raise ValueError(f"num_samples must not be negative, got {num_samples.min()}")
-    if (frame_shift < 1).any():
-        raise ValueError(f"frame_shift must be at least 1 sample, got {frame_shift.min()}")
-    return Segments.from_lengths(frame_counts(num_samples, plan.window_length, frame_shift), budget)
+    return random_bits(seed, epoch, clips, _DITHER, 1)[:, 0]
 
 
 def mel_filterbank_reference(
@@ -272,41 +81,27 @@ def mel_filterbank_reference(
     plan: MelPlan,
     num_rows: int | None = None,
     *,
+    dither_keys: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """What :func:`mel_filterbank` computes, clip by clip, in ``dtype`` throughout.
+    """What :func:`mel_filterbank` computes, in ``dtype`` throughout and from exact tables.
 
-    Differentiable with respect to ``waveforms``: the way to train through a filterbank. It reads
-    the offsets on the host.
+    Differentiable with respect to ``waveforms``. It takes memory for several copies of all
+    frames.
     """
-    device = waveforms.device
-    window = hanning_window(plan.window_length).to(device, dtype)
-    weights = mel_triangles(
-        plan.sample_rate, plan.num_mels, plan.fft_size, plan.low_freq, plan.high_freq
-    ).to(device, dtype)
-    samples = waveforms.to(dtype)
-    if waveforms.dtype == torch.int16:
-        samples = samples * INT16_SCALE
-
-    clips = []
-    shifts, counts = frame_shift.tolist(), frames.lengths.tolist()
-    for begin, shift, count in zip(sample_offsets[:-1].tolist(), shifts, counts, strict=True):
-        if count == 0:
-            continue
-        end = begin + (count - 1) * shift + plan.window_length
-        x = samples[begin:end].unfold(0, plan.window_length, shift)
-        y = x - x.mean(dim=1, keepdim=True)
-        z = y - plan.preemphasis * torch.cat([y[:, :1], y[:, :-1]], dim=1)
-        spectrum = torch.fft.rfft(z * window, n=plan.fft_size)[:, :-1]
-        power = spectrum.real.square() + spectrum.imag.square()
-        with torch.autocast(device.type, enabled=False):
-            energy = power @ weights.T
-        clips.append(energy.clamp(min=ENERGY_FLOOR).log())
-    out = torch.cat([samples.new_zeros(0, plan.num_mels), *clips])
-    if plan.mean is not None:
-        out = (out - plan.mean) / (2 * plan.std)
-    capacity = _rows(frames, num_rows)
-    return F.pad(out, (0, 0, 0, capacity - out.shape[0]))
+    num_rows = _rows(frames, num_rows)
+    _check(waveforms, plan, 1, dither_keys)
+    _check_tables(waveforms, sample_offsets, frame_shift, frames, plan, num_rows, dither_keys)
+    return _reference(
+        waveforms,
+        sample_offsets,
+        frame_shift,
+        frames.offsets,
+        plan,
+        num_rows,
+        dither_keys,
+        dtype,
+    )
 
 
 def mel_filterbank(
@@ -316,8 +111,14 @@ def mel_filterbank(
     frames: Segments,
     plan: MelPlan,
     num_rows: int | None = None,
+    *,
+    dither_keys: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Log-mel frames of all clips, end to end, computed in float32 under any autocast.
+
+    Where ``waveforms`` require a gradient, :func:`mel_filterbank_reference` computes them, in
+    float32 as well: slower, and with rounding errors of its own.
 
     Args:
         waveforms: ``[samples]``, the clips' samples end to end: int16, or floating point in
@@ -330,52 +131,61 @@ def mel_filterbank(
         num_rows: rows of the output: ``budget.tokens`` where ``frames`` has a budget. Default:
             as many as ``frames`` has, read from its ``host_offsets``; a function under
             ``torch.compile`` must pass it.
+        dither_keys: int64 ``[S]`` from :func:`dither_keys`, for a plan with dither.
+        dtype: of the output: float32, or bfloat16, to which the result is rounded.
 
     Returns:
-        float32 ``[num_rows, num_mels]``; zeros on dead rows. No gradient flows to ``waveforms``;
-        :func:`mel_filterbank_reference` is the differentiable form.
+        ``[num_rows, num_mels]``; zeros on dead rows.
 
     Raises:
-        ValueError: arguments of a wrong dtype, shape or device, ``waveforms`` that require a
-            gradient, and, on the CPU, ``frames`` that do not fit into the clips.
+        ValueError: arguments of a wrong dtype, shape or device, a plan with dither and no
+            ``dither_keys``, and, on the CPU, ``frames`` that do not fit into the clips.
     """
-    clips = frames.num_segments
-    _check(waveforms, plan, dim=1)
-    for name, table, dtype, size in (
-        ("sample_offsets", sample_offsets, torch.int64, clips + 1),
-        ("frame_shift", frame_shift, torch.int32, clips),
-        ("frames.offsets", frames.offsets, torch.int32, clips + 1),
-    ):
-        if table.dtype != dtype or tuple(table.shape) != (size,):
-            raise ValueError(
-                f"{name} must be {dtype} of shape [{size}] for the {clips} segments of frames, "
-                f"got {table.dtype} of shape {list(table.shape)}"
-            )
-        if table.device != waveforms.device:
-            raise ValueError(
-                f"{name} is on {table.device} and waveforms on {waveforms.device}; move it there"
-            )
+    num_rows = _rows(frames, num_rows)
+    _check(waveforms, plan, 1, dither_keys)
+    _check_tables(waveforms, sample_offsets, frame_shift, frames, plan, num_rows, dither_keys)
     return _call(
-        waveforms, sample_offsets, frame_shift, frames.offsets, plan, _rows(frames, num_rows)
+        waveforms,
+        sample_offsets,
+        frame_shift,
+        frames.offsets,
+        plan,
+        num_rows,
+        dither_keys,
+        dtype,
     )
 
 
-def dense_mel_filterbank(waveforms: Tensor, frame_shift: int, plan: MelPlan) -> Tensor:
-    """:func:`mel_filterbank` of clips of one length: ``[B, L]`` to float32 ``[B, T, num_mels]``."""
-    _check(waveforms, plan, dim=2)
+def dense_mel_filterbank(
+    waveforms: Tensor,
+    frame_shift: int,
+    plan: MelPlan,
+    *,
+    dither_keys: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """:func:`mel_filterbank` of clips of one length: ``[B, L]`` to ``[B, T, num_mels]``."""
+    _check(waveforms, plan, 2, dither_keys)
     if frame_shift < 1:
         raise ValueError(f"frame_shift must be at least 1 sample, got {frame_shift}")
     clips, length = waveforms.shape
+    _check_table("dither_keys", dither_keys, torch.int64, clips, waveforms)
     count = plan.num_frames(length, frame_shift)
     index = torch.arange(clips + 1, device=waveforms.device)
-    shifts = torch.full((clips,), frame_shift, dtype=torch.int32, device=waveforms.device)
     rows = _call(
-        waveforms.flatten(), index * length, shifts, (index * count).int(), plan, clips * count
+        waveforms.flatten(),
+        index * length,
+        torch.full((clips,), frame_shift, dtype=torch.int32, device=waveforms.device),
+        (index * count).int(),
+        plan,
+        clips * count,
+        dither_keys,
+        dtype,
     )
     return rows.view(clips, count, plan.num_mels)
 
 
-def _check(waveforms: Tensor, plan: MelPlan, dim: int) -> None:
+def _check(waveforms: Tensor, plan: MelPlan, dim: int, keys: Tensor | None) -> None:
     if waveforms.dtype != torch.int16 and not waveforms.is_floating_point():
         raise ValueError(
             f"waveforms must be int16 or floating point, got {waveforms.dtype}; "
@@ -384,20 +194,91 @@ def _check(waveforms: Tensor, plan: MelPlan, dim: int) -> None:
     if waveforms.ndim != dim:
         shape = "[samples] (clips end to end)" if dim == 1 else "[clips, samples]"
         raise ValueError(f"waveforms must be {shape}, got shape {list(waveforms.shape)}")
-    if waveforms.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "waveforms requires a gradient, which mel_filterbank does not pass on; detach it, "
-            "or use mel_filterbank_reference"
-        )
     if plan.window.dtype != torch.float32 or plan.mel_taps.dtype != torch.float32:
         raise ValueError(
             f"plan holds {plan.window.dtype} and {plan.mel_taps.dtype} tables; they must stay "
-            "float32, make the plan anew with MelPlan.kaldi"
+            "float32, make the plan anew"
         )
     if plan.window.device != waveforms.device:
         raise ValueError(
             f"plan is on {plan.window.device} and waveforms on {waveforms.device}; "
             "use plan.to(waveforms.device)"
+        )
+    if plan.dither and keys is None:
+        raise ValueError(
+            f"plan has dither={plan.dither}, which is drawn from dither_keys: pass "
+            "fastast.ops.mel_filterbank.dither_keys(seed, epoch, clips)"
+        )
+
+
+def _check_tables(
+    waveforms: Tensor,
+    sample_offsets: Tensor,
+    frame_shift: Tensor,
+    frames: Segments,
+    plan: MelPlan,
+    num_rows: int,
+    keys: Tensor | None,
+) -> None:
+    clips = frames.num_segments
+    for name, table, dtype, size in (
+        ("sample_offsets", sample_offsets, torch.int64, clips + 1),
+        ("frame_shift", frame_shift, torch.int32, clips),
+        ("frames.offsets", frames.offsets, torch.int32, clips + 1),
+        ("dither_keys", keys, torch.int64, clips),
+    ):
+        _check_table(name, table, dtype, size, waveforms)
+    # Values can be looked at where that does not wait for a device, and not while a graph is made.
+    if torch.compiler.is_compiling() or type(frame_shift) is not Tensor:
+        return
+    if waveforms.device.type == "cpu":
+        _check_frames_fit(
+            sample_offsets, frame_shift, frames.offsets, plan, waveforms.shape[0], num_rows
+        )
+
+
+def _check_table(
+    name: str, table: Tensor | None, dtype: torch.dtype, size: int, waveforms: Tensor
+) -> None:
+    if table is None:
+        return
+    if table.dtype != dtype or tuple(table.shape) != (size,):
+        raise ValueError(
+            f"{name} must be {dtype} of shape [{size}] to fit the clips, "
+            f"got {table.dtype} of shape {list(table.shape)}"
+        )
+    if table.device != waveforms.device:
+        raise ValueError(f"{name} is on {table.device} and waveforms on {waveforms.device}")
+
+
+def _check_frames_fit(
+    sample_offsets: Tensor,
+    frame_shift: Tensor,
+    frame_offsets: Tensor,
+    plan: MelPlan,
+    num_samples: int,
+    num_rows: int,
+) -> None:
+    counts, lengths = frame_offsets.diff().numpy(), sample_offsets.diff().numpy()
+    shifts = frame_shift.clamp(min=1).numpy()  # empty clips may have none
+    possible = frame_counts(lengths, plan.window_length, shifts, plan.padding)
+    bad = ((counts > possible) | (counts < 0) | (lengths < 0)).nonzero()[0]
+    if len(bad):
+        clip = int(bad[0])
+        raise ValueError(
+            f"frames gives clip {clip} {counts[clip]} frames, but its {lengths[clip]} samples "
+            f"have {possible[clip]} at its frame_shift of {shifts[clip]}; make frames with "
+            "frame_segments from the same numbers"
+        )
+    if int(sample_offsets[0]) < 0 or int(sample_offsets[-1]) > num_samples:
+        raise ValueError(
+            f"sample_offsets ends at {int(sample_offsets[-1])}, past the {num_samples} samples "
+            "of waveforms"
+        )
+    if int(frame_offsets[-1]) > num_rows:
+        raise ValueError(
+            f"num_rows={num_rows} is less than the {int(frame_offsets[-1])} rows of frames; pass "
+            "the budget's tokens"
         )
 
 
@@ -412,22 +293,153 @@ def _call(
     frame_offsets: Tensor,
     plan: MelPlan,
     num_rows: int,
+    keys: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+    geometry = sample_offsets, frame_shift, frame_offsets
+    if waveforms.requires_grad and torch.is_grad_enabled():
+        out = _reference(waveforms, *geometry, plan, num_rows, keys, torch.float32)
+        return out.to(dtype)
+    if waveforms.dtype != torch.int16:
+        waveforms = waveforms.float()
     return torch.ops.fastast.mel_filterbank(
         waveforms,
-        sample_offsets,
-        frame_shift,
-        frame_offsets,
+        *geometry,
         plan.window,
         plan.mel_bins,
         plan.mel_taps,
         plan.mel_starts,
+        keys if plan.dither else None,
         num_rows,
         plan.fft_size,
+        int(plan.padding),
+        plan.dither,
+        plan.remove_dc,
         plan.preemphasis,
+        plan.magnitude,
+        plan.floor,
+        plan.offset,
+        plan.log_scale,
         plan.mean,
         plan.std,
+        dtype == torch.bfloat16,
     )
+
+
+# The reference --------------------------------------------------------------------------------
+
+
+def _reference(
+    waveforms: Tensor,
+    sample_offsets: Tensor,
+    frame_shift: Tensor,
+    frame_offsets: Tensor,
+    plan: MelPlan,
+    num_rows: int,
+    keys: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    if num_rows == 0:  # a transform of nothing is an error
+        return waveforms.new_zeros(0, plan.num_mels, dtype=dtype)
+    frames = frame_samples(
+        waveforms, sample_offsets, frame_shift, frame_offsets, plan, num_rows, keys, dtype
+    )
+    spectrum = torch.fft.rfft(windowed(frames, plan), n=plan.fft_size)[:, :-1]
+    if plan.magnitude:
+        power = spectrum.abs()
+    else:
+        power = spectrum.real.square() + spectrum.imag.square()
+    weights = plan.exact_weights.to(power)
+    with torch.autocast(waveforms.device.type, enabled=False):
+        energy = power @ weights.T
+    out = plan.log_scale * (energy.clamp(min=plan.floor) + plan.offset).log()
+    if plan.mean is not None:
+        out = (out - plan.mean) / (2 * plan.std)
+    alive = _locate(frame_offsets, num_rows)[2]
+    return torch.where(alive[:, None], out, 0.0)
+
+
+def frame_samples(
+    waveforms: Tensor,
+    sample_offsets: Tensor,
+    frame_shift: Tensor,
+    frame_offsets: Tensor,
+    plan: MelPlan,
+    num_rows: int,
+    keys: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Frames with dither and without DC offset: ``[num_rows, window_length]``, dead rows zero."""
+    length, scale = plan.window_length, INT16_SCALE if waveforms.dtype == torch.int16 else 1.0
+    if waveforms.shape[0] == 0 or frame_shift.shape[0] == 0:
+        return waveforms.new_zeros(num_rows, length, dtype=dtype)
+    samples, origin = _with_edges(waveforms, sample_offsets, length, plan.padding)
+    clip, frame, alive = _locate(frame_offsets, num_rows)
+    lead = first_sample(length, frame_shift, plan.padding)
+    start = (origin + lead)[clip] + frame * frame_shift[clip]
+    place = start[:, None] + torch.arange(length, device=start.device)
+    x = samples[place.clamp(0, samples.shape[0] - 1)].to(dtype) * scale
+    if plan.dither:
+        x = x + plan.dither * _noise(keys[clip], frame, length, dtype)
+    x = torch.where(alive[:, None], x, 0.0)
+    return x - x.mean(dim=1, keepdim=True) if plan.remove_dc else x
+
+
+def windowed(frames: Tensor, plan: MelPlan) -> Tensor:
+    """Frames after pre-emphasis and window."""
+    before = torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
+    return (frames - plan.preemphasis * before) * plan.exact_window.to(frames)
+
+
+# Where frames lie -----------------------------------------------------------------------------
+
+
+def _locate(frame_offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row its clip, its number in the clip, and whether it has any; else zeros."""
+    rows = torch.arange(num_rows, device=frame_offsets.device, dtype=torch.int32)
+    alive = rows < frame_offsets[-1]
+    clip = torch.where(alive, torch.searchsorted(frame_offsets, rows, right=True) - 1, 0)
+    frame = torch.where(alive, rows - frame_offsets[clip], 0)
+    return clip, frame.long(), alive
+
+
+def _with_edges(
+    waveforms: Tensor, sample_offsets: Tensor, window_length: int, padding: Padding
+) -> tuple[Tensor, Tensor]:
+    """The stream with each clip padded on both sides, and where the clips' first samples lie.
+
+    ``[samples + S * 2 * ceil(window_length / 2)]`` and int64 ``[S]``.
+    """
+    if padding == Padding.NONE:
+        return waveforms, sample_offsets[:-1]
+    reach = (window_length + 1) // 2
+    clips, device = sample_offsets.shape[0] - 1, waveforms.device
+    begins = sample_offsets + 2 * reach * torch.arange(clips + 1, device=device)
+    place = torch.arange(waveforms.shape[0] + 2 * reach * clips, device=device)
+    clip = (torch.searchsorted(begins, place, right=True) - 1).clamp_(0, clips - 1)
+    length = sample_offsets.diff()[clip]
+    inside = length > 0
+    place = place - begins[clip] - reach
+    if padding == Padding.ZEROS:
+        inside = (place >= 0) & (place < length)
+    else:
+        edge = int(padding == Padding.KALDI)  # whether the mirror shows the edge itself
+        period = (2 * (length - 1 + edge)).clamp_(min=1)
+        place = place % period
+        place = torch.minimum(place, period - edge - place)
+    source = (sample_offsets[clip] + place).clamp_(0, waveforms.shape[0] - 1)
+    return torch.where(inside, waveforms[source], 0), begins[:-1] + reach
+
+
+def _noise(keys: Tensor, frame: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """Gaussian noise ``[rows, length]`` of the rows' keys and frame numbers."""
+    sample = torch.arange(length, device=keys.device)
+    bits = splitmix64(splitmix64(keys ^ frame)[:, None] ^ sample)
+    radius = ((bits >> 40 & 0xFFFFFF) + 1).to(dtype) * 2.0**-24
+    angle = (bits >> 16 & 0xFFFFFF).to(dtype) * (2 * math.pi * 2.0**-24)
+    return (-2.0 * radius.log()).sqrt() * angle.cos()
 
 
 # The operator ---------------------------------------------------------------------------------
@@ -435,19 +447,22 @@ def _call(
 LIBRARY.define(
     "mel_filterbank(Tensor waveforms, Tensor sample_offsets, Tensor frame_shift,"
     " Tensor frame_offsets, Tensor window, Tensor mel_bins, Tensor mel_taps, Tensor mel_starts,"
-    " SymInt num_rows, int fft_size, float preemphasis, float? mean, float? std) -> Tensor"
+    " Tensor? dither_keys, SymInt num_rows, int fft_size, int padding, float dither,"
+    " bool remove_dc, float preemphasis, bool magnitude, float floor, float offset,"
+    " float log_scale, float? mean, float? std, bool bfloat16) -> Tensor"
 )
 
 
 @torch.library.register_fake("fastast::mel_filterbank", lib=LIBRARY)
 def _fake(waveforms: Tensor, *args) -> Tensor:
-    mel_starts, num_rows = args[6:8]
-    return waveforms.new_empty(num_rows, mel_starts.shape[0] - 1, dtype=torch.float32)
+    mel_starts, num_rows, bfloat16 = args[6], args[8], args[-1]
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    return waveforms.new_empty(num_rows, mel_starts.shape[0] - 1, dtype=dtype)
 
 
 @register_flop_formula(torch.ops.fastast.mel_filterbank)
 def _flops(*args, out_shape=None, **kwargs) -> int:
-    window, taps, num_rows, fft_size = args[4], args[6], args[8], args[9]
+    window, taps, num_rows, fft_size = args[4], args[6], args[9], args[10]
     # DC offset, pre-emphasis and window; a real FFT is half of the 5 n log2 n of a complex one;
     # two multiplications and an addition per bin; a multiply-add per tap.
     fft = 5 * fft_size * (fft_size.bit_length() - 1) // 2
@@ -455,7 +470,7 @@ def _flops(*args, out_shape=None, **kwargs) -> int:
 
 
 @torch.library.impl(LIBRARY, "mel_filterbank", ANY_DEVICE)
-def _impl(
+def portable_mel_filterbank(
     waveforms: Tensor,
     sample_offsets: Tensor,
     frame_shift: Tensor,
@@ -464,41 +479,61 @@ def _impl(
     mel_bins: Tensor,
     mel_taps: Tensor,
     mel_starts: Tensor,
+    dither_keys: Tensor | None,
     num_rows: int,
     fft_size: int,
+    padding: int,
+    dither: float,
+    remove_dc: bool,
     preemphasis: float,
+    magnitude: bool,
+    floor: float,
+    offset: float,
+    log_scale: float,
     mean: float | None,
     std: float | None,
+    bfloat16: bool,
 ) -> Tensor:
-    length, device = window.shape[0], waveforms.device
-    out = torch.zeros(num_rows, mel_starts.shape[0] - 1, dtype=torch.float32, device=device)
-    if device.type == "cpu":
-        _check_frames_fit(
-            sample_offsets, frame_shift, frame_offsets, length, waveforms.shape[0], num_rows
-        )
-    if num_rows == 0 or frame_shift.shape[0] == 0 or waveforms.shape[0] < length:
+    """The operator in terms of PyTorch's own, for any device and FFT size."""
+    length, device, padding = window.shape[0], waveforms.device, Padding(padding)
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    out = torch.zeros(num_rows, mel_starts.shape[0] - 1, dtype=dtype, device=device)
+    if num_rows == 0 or frame_shift.shape[0] == 0 or waveforms.shape[0] == 0:
+        return out
+    samples, origin = _with_edges(waveforms, sample_offsets, length, padding)
+    if samples.shape[0] < length:
         return out  # nothing to read: all clips are empty
 
-    starts, alive = _first_samples(sample_offsets, frame_shift, frame_offsets, num_rows)
-    starts = starts.clamp_(0, waveforms.shape[0] - length)
-    windows = waveforms.unfold(0, length, 1)
     # No operation below mixes rows or multiplies matrices, so that the numbers of a clip do not
-    # depend on its batch, nor on the precision that is set for matrix products.
-    rows = _chunk_rows(device, fft_size)
-    padded = torch.zeros(rows, fft_size, device=device)
+    # depend on its batch, nor on the precision that is set for matrix products. All chunks have
+    # one size, because a transform of a single row may round differently.
+    chunk = _chunk_rows(device, fft_size)
+    clip, frame, alive = _locate(frame_offsets, -(-num_rows // chunk) * chunk)
+    origin = origin + first_sample(length, frame_shift, padding)
+    starts = origin[clip] + frame * frame_shift[clip]
+    starts = torch.where(alive, starts, 0).clamp_(0, samples.shape[0] - length)
+    windows = samples.unfold(0, length, 1)
+    padded = torch.zeros(chunk, fft_size, device=device)
     emphasised = padded[:, :length]
-    power = torch.empty(fft_size // 2 + 1, rows, device=device)
-    for begin, end, chunk in _chunks(starts, rows):
-        frames = windows[chunk].to(torch.float32)
+    power = torch.empty(fft_size // 2 + 1, chunk, device=device)
+    for begin in range(0, num_rows, chunk):
+        rows = slice(begin, begin + chunk)
+        frames = windows[starts[rows]].to(torch.float32)
         if waveforms.dtype == torch.int16:
             frames.mul_(INT16_SCALE)
-        frames.sub_(frames.mean(dim=1, keepdim=True))
+        if dither:
+            noise = _noise(dither_keys[clip[rows]], frame[rows], length, torch.float32)
+            frames.add_(noise, alpha=dither)
+        if remove_dc:
+            frames.sub_(frames.mean(dim=1, keepdim=True))
         torch.mul(frames[:, :1], 1.0 - preemphasis, out=emphasised[:, :1])
         torch.sub(frames[:, 1:], frames[:, :-1], alpha=preemphasis, out=emphasised[:, 1:])
         emphasised.mul_(window)
         squares = torch.view_as_real(torch.fft.rfft(padded)).square_()
         # Transposed, as [bins, rows]: a mel bin is then a weighted sum of few contiguous rows.
         torch.add(squares[..., 0].T, squares[..., 1].T, out=power)
+        if magnitude:
+            power.sqrt_()
         energy = F.embedding_bag(
             mel_bins,
             power,
@@ -507,11 +542,11 @@ def _impl(
             per_sample_weights=mel_taps,
             include_last_offset=True,
         )
-        log_mel = energy.clamp_(min=ENERGY_FLOOR).log_()
+        log_mel = energy.clamp_(min=floor).add_(offset).log_().mul_(log_scale)
         if mean is not None:
             log_mel.sub_(mean).div_(2 * std)
-        out[begin:end] = log_mel.T[: end - begin]
-    return out.masked_fill_(~alive[:, None], 0.0)
+        out[rows] = log_mel.T[: num_rows - begin]
+    return out.masked_fill_(~alive[:num_rows, None], 0.0)
 
 
 def _chunk_rows(device: torch.device, fft_size: int) -> int:
@@ -520,54 +555,3 @@ def _chunk_rows(device: torch.device, fft_size: int) -> int:
     # as long. A GPU's chunk must be large to be worth the launches.
     values = 3 << 16 if device.type == "cpu" else 1 << 22
     return max(2, values // fft_size)
-
-
-def _chunks(starts: Tensor, rows: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Pieces of exactly ``rows`` starts, the last one padded, as (begin, end, starts)."""
-    # All of one size, because a transform of a single row may round differently.
-    total = starts.shape[0]
-    for begin, chunk in enumerate(F.pad(starts, (0, -total % rows)).split(rows)):
-        yield begin * rows, min((begin + 1) * rows, total), chunk
-
-
-def _first_samples(
-    sample_offsets: Tensor, frame_shift: Tensor, frame_offsets: Tensor, num_rows: int
-) -> tuple[Tensor, Tensor]:
-    """Where each row's frame begins, int64 ``[num_rows]``, and whether the row has one."""
-    rows = torch.arange(num_rows, device=frame_offsets.device, dtype=torch.int32)
-    alive = rows < frame_offsets[-1]
-    clip = torch.searchsorted(frame_offsets, rows, right=True) - 1
-    clip = clip.clamp_(max=frame_shift.shape[0] - 1)
-    start = sample_offsets[clip] + (rows - frame_offsets[clip]).long() * frame_shift[clip]
-    return torch.where(alive, start, 0), alive
-
-
-def _check_frames_fit(
-    sample_offsets: Tensor,
-    frame_shift: Tensor,
-    frame_offsets: Tensor,
-    window_length: int,
-    num_samples: int,
-    num_rows: int,
-) -> None:
-    counts = frame_offsets.diff().long()
-    used = torch.where(counts > 0, (counts - 1) * frame_shift + window_length, 0)
-    lengths = sample_offsets.diff()
-    bad = ((used > lengths) | (counts < 0) | (lengths < 0)).nonzero()
-    if len(bad):
-        clip = int(bad[0])
-        raise ValueError(
-            f"frames gives clip {clip} {int(counts[clip])} frames, which at its frame_shift of "
-            f"{int(frame_shift[clip])} take {int(used[clip])} samples, but it has "
-            f"{int(lengths[clip])}; make frames with frame_segments from the same numbers"
-        )
-    if int(sample_offsets[0]) < 0 or int(sample_offsets[-1]) > num_samples:
-        raise ValueError(
-            f"sample_offsets ends at {int(sample_offsets[-1])}, past the {num_samples} samples "
-            "of waveforms"
-        )
-    if int(frame_offsets[-1]) > num_rows:
-        raise ValueError(
-            f"num_rows={num_rows} is less than the {int(frame_offsets[-1])} rows of frames; pass "
-            "the budget's tokens"
-        )

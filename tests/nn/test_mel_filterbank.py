@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastast.nn.mel_filterbank import MelFilterbank
-from fastast.ops.mel_filterbank import dense_mel_filterbank, frame_segments
+from fastast.ops.mel_filterbank import dense_mel_filterbank, dither_keys
+from fastast.ops.mel_plan import MelPlan, frame_segments
 from fastast.segments import Spectrograms, TokenBudget
 
 LENGTHS = [8000, 300, 5000]
@@ -70,6 +71,56 @@ def test_settings_reach_the_plan():
         waveforms
     )
     torch.testing.assert_close(filterbank(waveforms), (expected + 4.0) / 4.0)
+
+
+def test_presets(clips):
+    for preset, rate, num_mels, shift, frames in (
+        ("kaldi", 16000, 128, 160, [48, 0, 29]),
+        ("htsat", 32000, 64, 320, [26, 1, 16]),
+        ("epic_sounds", 24000, 128, 120, [67, 3, 42]),
+    ):
+        filterbank = MelFilterbank(preset=preset)
+        plan = getattr(MelPlan, preset)()
+        assert (filterbank.plan.sample_rate, filterbank.plan.num_mels) == (rate, num_mels)
+        assert filterbank.frame_shift == shift
+        spectrograms = filterbank(clips)
+        assert spectrograms.segments.lengths.tolist() == frames
+        dense = dense_mel_filterbank(clips[2][None], shift, plan)[0]
+        assert torch.equal(spectrograms.unpack()[2], dense)
+    small = MelFilterbank(48000, 32, preset="htsat", frame_shift_ms=5.0, low_freq=100.0)
+    assert small.frame_shift == 240 and small.plan.low_freq == 100.0
+    assert small(clips[0][None]).shape == (1, 34, 32)
+
+
+def test_bfloat16_output(clips):
+    expected = MelFilterbank()(clips).frames
+    filterbank = MelFilterbank(dtype=torch.bfloat16)
+    assert torch.equal(filterbank(clips).frames, expected.bfloat16())
+    dense = filterbank(clips[0][None])
+    assert torch.equal(dense[0], expected[:48].bfloat16())
+
+
+def test_dither(clips):
+    filterbank = MelFilterbank(dither=1e-3)
+    keys = dither_keys(0, 0, torch.arange(3))
+    noisy = filterbank(clips, dither_keys=keys)
+    again = filterbank(clips[2][None], dither_keys=keys[2:])
+    assert torch.equal(noisy.unpack()[2], again[0])
+    assert not torch.equal(noisy.frames, MelFilterbank()(clips).frames)
+    with pytest.raises(ValueError, match="drawn from dither_keys"):
+        filterbank(clips)
+
+
+def test_a_gradient_reaches_the_waveforms(clips):
+    filterbank = MelFilterbank()
+    clips = [clip.requires_grad_() for clip in clips]
+    filterbank(clips).frames.sum().backward()
+    assert clips[0].grad.any() and not clips[1].grad.any() and clips[2].grad.isfinite().all()
+    compiled = torch.compile(filterbank, fullgraph=True, backend="aot_eager")
+    dense = torch.stack([clips[0].detach(), clips[0].detach().flip(0)]).requires_grad_()
+    (expected,) = torch.autograd.grad(filterbank(dense).square().sum(), dense)
+    (found,) = torch.autograd.grad(compiled(dense).square().sum(), dense)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
@@ -137,6 +188,10 @@ def test_errors(clips):
         (lambda: filterbank(stream, offsets.to("meta")), "pass frames from frame_segments"),
         (lambda: filterbank(stream, offsets, [160, 160]), "frame_shift holds 2 shifts"),
         (lambda: MelFilterbank(frame_shift_ms=0.01), "shorter than one sample"),
+        (lambda: MelFilterbank(preset="librosa"), "preset must be one of"),
+        (lambda: MelFilterbank(dtype=torch.float16)(clips), "dtype must be torch.float32 or"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    with pytest.raises(TypeError, match="preemphasis"):
+        MelFilterbank(preset="htsat", preemphasis=0.9)
