@@ -41,7 +41,7 @@ SAME_VERSION := import pip, sys; sys.exit("$(STACK)" != "$(VENV)/.stack-%d.%d" %
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test lint aot bench sanitize clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -59,8 +59,17 @@ lint: $(READY)  ## style, format and the direction of imports
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports --no-logo
 
+aot: $(READY)  ## compile all kernels for all architectures, check what they need, write docs/kernels.md
+	$(PYTHON) -m fastast.kernels.aot --table docs/kernels.md
+
 bench: $(READY)  ## measure ops, whole models and memory against their peers
 	$(PYTHON) -m bench ops e2e memory
+
+# The sanitizers must be in the process before Python is; what it never frees is no leak of ours.
+sanitize: $(READY)  ## test the compiled filterbank with the address and undefined-behaviour sanitizers
+	FASTAST_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libubsan.so)" \
+	$(PYTHON) -m pytest -q --capture=no tests/csrc/test_mel_kernels.py
 
 clean:  ## remove builds and caches; the environment stays
 	rm -rf build dist *.egg-info fastast/*.so .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks

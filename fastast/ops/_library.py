@@ -10,6 +10,10 @@ particular device registers itself under that device's key and takes precedence.
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -22,6 +26,32 @@ ANY_DEVICE = "CompositeExplicitAutograd"
 
 SEGMENTS_SCHEMA = "Tensor offsets, Tensor host_offsets, Tensor tiles, int max_length"
 """How every operator's schema spells a :class:`~fastast.Segments`."""
+
+
+def gpu_kernels() -> bool:
+    """Whether kernels of our own serve GPUs: only if ``FASTAST_GPU_KERNELS=1`` asks for them.
+
+    They are checked by interpretation and by compilation, and have not yet run on a GPU. Until they
+    have, PyTorch's own are the default.
+    """
+    return os.environ.get("FASTAST_GPU_KERNELS") == "1"
+
+
+@functools.cache
+def triton_kernels(operator: str) -> ModuleType | None:
+    """The module ``fastast.kernels.<operator>``; None without Triton, or if it is not wanted.
+
+    Operators ask at their first call on a GPU, so that importing the library does not import a
+    compiler.
+    """
+    if not gpu_kernels():
+        return None
+    try:
+        return importlib.import_module(f"fastast.kernels.{operator}")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return None
 
 
 class Run(NamedTuple):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastast.ops._library import ANY_DEVICE, LIBRARY
+from fastast.ops._library import ANY_DEVICE, LIBRARY, gpu_kernels
 
 FOLDER = Path(__file__).resolve().parents[1]
 _FILES = {"cpu": "_mel_cpu.so", "cuda": "_mel_cuda.so"}
@@ -38,6 +38,8 @@ def _load_file(device: str, path: Path) -> str:
         return f"not built: {path.name} is not in {path.parent}"
     if device == "cuda" and torch.version.cuda is None:
         return "not loaded: torch is built without CUDA"
+    if device == "cuda" and not gpu_kernels():
+        return "not loaded: FASTAST_GPU_KERNELS is not 1"
     try:
         torch.ops.load_library(path)
     except OSError as error:

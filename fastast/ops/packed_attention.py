@@ -24,6 +24,8 @@ rows are zero in the output and in all gradients, and never read.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -38,8 +40,9 @@ from fastast.ops._library import (
     check_stream,
     equal_runs,
     once_differentiable,
+    triton_kernels,
 )
-from fastast.segments import Segments
+from fastast.segments import TILE_ROWS, Segments
 
 BACKENDS = ("auto", "reference")
 
@@ -106,6 +109,83 @@ def packed_attention_qkv(
     if backend == "reference":
         return packed_attention_reference(*qkv.unbind(1), segments.host_offsets, scale)
     return torch.ops.fastast.packed_attention_qkv(qkv, *_tables(segments), scale)[0]
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = True,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """:func:`packed_attention` with the signature of flash-attn's function of this name.
+
+    For trying it in code that exists: the tables of :class:`~fastast.Segments` are computed on
+    the device at every call, which :func:`packed_attention` saves.
+
+    Args:
+        q, k, v: ``[total, heads, head_dim]``, with equally many heads.
+        cu_seqlens_q, cu_seqlens_k: int32 ``[S + 1]`` on the device, one tensor given twice. Two
+            tensors are compared, which waits for the device.
+        max_seqlen_q, max_seqlen_k: bounds on the rows of a segment.
+        softmax_scale: of the scores; default ``head_dim ** -0.5``.
+        deterministic: the result is so in any case.
+
+    Returns:
+        ``[total, heads, head_dim]``.
+
+    Raises:
+        ValueError: what bidirectional self-attention has no use for: dropout, causal or windowed
+            masks, soft caps, slopes, block tables, returned probabilities, keys of other segments.
+    """
+    for name, value, plain in (
+        ("dropout_p", dropout_p, 0.0),
+        ("causal", causal, False),
+        ("window_size", tuple(window_size), (-1, -1)),
+        ("softcap", softcap, 0.0),
+        ("alibi_slopes", alibi_slopes, None),
+        ("return_attn_probs", return_attn_probs, False),
+        ("block_table", block_table, None),
+    ):
+        if value is not plain and value != plain:
+            raise ValueError(f"{name} must be {plain} for bidirectional attention, got {value}")
+    if cu_seqlens_k is not cu_seqlens_q and not torch.equal(cu_seqlens_q, cu_seqlens_k):
+        raise ValueError("cu_seqlens_k must equal cu_seqlens_q: keys are those of the queries")
+    if cu_seqlens_q.dtype != torch.int32:
+        raise ValueError(f"cu_seqlens_q must be int32, got {cu_seqlens_q.dtype}")
+    longest = max(max_seqlen_q, max_seqlen_k)
+    segments = Segments(
+        cu_seqlens_q,
+        cu_seqlens_q,  # on the device: read only where no kernel takes the input
+        _tiles_of(cu_seqlens_q, q.shape[0]),
+        max(16, 1 << (longest - 1).bit_length()),
+    )
+    return packed_attention(q, k, v, segments, scale=softmax_scale)
+
+
+def _tiles_of(offsets: Tensor, rows: int) -> Tensor:
+    """:attr:`Segments.tiles` of offsets on any device, without tiles for the dead rows."""
+    num_segments = offsets.shape[0] - 1
+    counts = (offsets.diff() + TILE_ROWS - 1) // TILE_ROWS
+    ends = counts.cumsum(0, dtype=torch.int32)
+    tile = torch.arange(-(-rows // TILE_ROWS) + num_segments + 1, device=offsets.device)
+    owner = torch.searchsorted(ends, tile, right=True).clamp(max=num_segments - 1)
+    first, last = offsets[owner], offsets[owner + 1]
+    begin = first + (tile - (ends - counts)[owner]) * TILE_ROWS
+    end = torch.minimum(begin + TILE_ROWS, last)
+    alive = begin < last
+    return (torch.stack([begin, end, first, last], 1) * alive[:, None]).to(torch.int32)
 
 
 def packed_attention_reference(
@@ -266,6 +346,54 @@ def _attention_qkv_backward(
     grad = qkv.new_empty(qkv.shape)
     _backward(grad.unbind(1), grad_out, *qkv.unbind(1), out, lse, host_offsets, scale)
     return grad
+
+
+# The implementation in Triton. It reads the geometry on the device, and never `host_offsets`.
+
+
+def _kernels_for(q: Tensor, scale: float) -> ModuleType | None:
+    kernels = triton_kernels("packed_attention")
+    return kernels if kernels is not None and kernels.supports(q, scale) else None
+
+
+@torch.library.impl(LIBRARY, "packed_attention", "CUDA")
+def _attention_cuda(q, k, v, offsets, host_offsets, tiles, max_length, scale):
+    if kernels := _kernels_for(q, scale):
+        return kernels.forward(q, k, v, offsets, tiles, max_length, scale)
+    return _attention(q, k, v, offsets, host_offsets, tiles, max_length, scale)
+
+
+@torch.library.impl(LIBRARY, "packed_attention_backward", "CUDA")
+def _attention_backward_cuda(
+    grad_out, q, k, v, out, lse, offsets, host_offsets, tiles, max_length, scale
+):
+    inputs, table = (grad_out, q, k, v, out, lse), (offsets, tiles, max_length, scale)
+    if kernels := _kernels_for(q, scale):
+        grads = tuple(q.new_empty(q.shape) for _ in range(3))
+        kernels.backward(grads, *inputs, *table)
+        return grads
+    return _attention_backward(*inputs, offsets, host_offsets, tiles, max_length, scale)
+
+
+@torch.library.impl(LIBRARY, "packed_attention_qkv", "CUDA")
+def _attention_qkv_cuda(qkv, offsets, host_offsets, tiles, max_length, scale):
+    if kernels := _kernels_for(qkv, scale):
+        return kernels.forward(*qkv.unbind(1), offsets, tiles, max_length, scale)
+    return _attention_qkv(qkv, offsets, host_offsets, tiles, max_length, scale)
+
+
+@torch.library.impl(LIBRARY, "packed_attention_qkv_backward", "CUDA")
+def _attention_qkv_backward_cuda(
+    grad_out, qkv, out, lse, offsets, host_offsets, tiles, max_length, scale
+):
+    if kernels := _kernels_for(qkv, scale):
+        grad = qkv.new_empty(qkv.shape)
+        inputs = (grad_out, *qkv.unbind(1), out, lse)
+        kernels.backward(grad.unbind(1), *inputs, offsets, tiles, max_length, scale)
+        return grad
+    return _attention_qkv_backward(
+        grad_out, qkv, out, lse, offsets, host_offsets, tiles, max_length, scale
+    )
 
 
 # Shapes for tracing ---------------------------------------------------------------------------

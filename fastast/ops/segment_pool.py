@@ -29,6 +29,8 @@ never read. Sums are accumulated in float32 at least.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -42,6 +44,7 @@ from fastast.ops._library import (
     check_stream,
     equal_runs,
     once_differentiable,
+    triton_kernels,
 )
 from fastast.segments import Segments
 
@@ -98,8 +101,9 @@ def segment_pool_reference(x: Tensor, u: Tensor, host_offsets: Tensor) -> Tensor
 
 LIBRARY.define(f"segment_pool(Tensor x, Tensor u, {SEGMENTS_SCHEMA}) -> (Tensor y, Tensor lse)")
 LIBRARY.define(
-    f"segment_pool_backward(Tensor grad, Tensor x, Tensor u, Tensor lse, {SEGMENTS_SCHEMA})"
-    " -> (Tensor dx, Tensor du)"
+    # With y, the kernels need not read x twice.
+    f"segment_pool_backward(Tensor grad, Tensor x, Tensor u, Tensor lse, {SEGMENTS_SCHEMA},"
+    " Tensor? y=None) -> (Tensor dx, Tensor du)"
 )
 
 
@@ -130,7 +134,7 @@ def _pool(x, u, offsets, host_offsets, tiles, max_length):
 
 
 @torch.library.impl(LIBRARY, "segment_pool_backward", ANY_DEVICE)
-def _pool_backward(grad, x, u, lse, offsets, host_offsets, tiles, max_length):
+def _pool_backward(grad, x, u, lse, offsets, host_offsets, tiles, max_length, y=None):
     dtype = lse.dtype
     queries = u.to(dtype)
     dx = x.new_empty(x.shape)
@@ -150,6 +154,34 @@ def _pool_backward(grad, x, u, lse, offsets, host_offsets, tiles, max_length):
     return dx, du.to(u.dtype)
 
 
+# The implementation in Triton.
+
+
+def _kernels_for(x: Tensor, u: Tensor) -> ModuleType | None:
+    kernels = triton_kernels("segment_pool")
+    return kernels if kernels is not None and kernels.supports(x, u) else None
+
+
+@torch.library.impl(LIBRARY, "segment_pool", "CUDA")
+def _pool_cuda(x, u, offsets, host_offsets, tiles, max_length):
+    kernels = _kernels_for(x, u)
+    if kernels is None:
+        return _pool(x, u, offsets, host_offsets, tiles, max_length)
+    with torch.cuda.device(x.device):
+        return kernels.segment_pool_forward(x, u, offsets)
+
+
+@torch.library.impl(LIBRARY, "segment_pool_backward", "CUDA")
+def _pool_backward_cuda(grad, x, u, lse, offsets, host_offsets, tiles, max_length, y=None):
+    kernels = _kernels_for(x, u)
+    if kernels is None:
+        return _pool_backward(grad, x, u, lse, offsets, host_offsets, tiles, max_length)
+    with torch.cuda.device(x.device):
+        if y is None:
+            y, lse = kernels.segment_pool_forward(x, u, offsets)
+        return kernels.segment_pool_backward(grad, x, u, y, lse, offsets)
+
+
 @torch.library.register_fake("fastast::segment_pool", lib=LIBRARY)
 def _(x, u, offsets, host_offsets, tiles, max_length):
     segments = offsets.shape[0] - 1
@@ -158,19 +190,21 @@ def _(x, u, offsets, host_offsets, tiles, max_length):
 
 
 @torch.library.register_fake("fastast::segment_pool_backward", lib=LIBRARY)
-def _(grad, x, u, lse, offsets, host_offsets, tiles, max_length):
+def _(grad, x, u, lse, offsets, host_offsets, tiles, max_length, y=None):
     return x.new_empty(x.shape), u.new_empty(u.shape)
 
 
 def _save(ctx, inputs, output):
     x, u, offsets, host_offsets, tiles, max_length = inputs
-    ctx.save_for_backward(x, u, output[1], offsets, host_offsets, tiles)
+    y, lse = output
+    ctx.save_for_backward(x, u, lse, offsets, host_offsets, tiles, y)
     ctx.max_length = max_length
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(lse)
 
 
 def _pool_vjp(ctx, grad, _):
-    dx, du = torch.ops.fastast.segment_pool_backward(grad, *ctx.saved_tensors, ctx.max_length)
+    *tensors, y = ctx.saved_tensors
+    dx, du = torch.ops.fastast.segment_pool_backward(grad, *tensors, ctx.max_length, y)
     return dx, du, None, None, None, None
 
 
