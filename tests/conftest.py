@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.testing import write_tone
-
 # Before the library is imported: the tests are what these kernels are still waiting for.
 os.environ.setdefault("FASTAST_GPU_KERNELS", "1")
+
+from tests.testing import write_tone  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
