@@ -87,6 +87,7 @@ def test_without_the_logarithm(options):
     theirs, ours = (
         f(stereo(), use_log_fbank=False, **options) for f in (torchaudio_kaldi.fbank, fbank)
     )
+    # Ours is the exponential of a float32 logarithm: 2e-5 as measured.
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
     silence = fbank(torch.zeros(1, 400), use_log_fbank=False, **options)
     assert (silence < 1e-30).all()
@@ -100,7 +101,8 @@ def test_gradient_equals_torchaudios(options):
         out = function(clip, channel=1, **options)
         gradients += torch.autograd.grad(out.sin().sum(), clip)
     theirs, ours = gradients
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-2 * theirs.std().item())
+    # 1e-4 of the deviation is float32's, in both; in float64 they agree to 3e-5.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3 * theirs.std().item())
 
 
 def test_tables_are_made_once_and_serve_training_after_inference():
@@ -129,10 +131,11 @@ def test_dither_comes_from_the_seed():
     state = torch.get_rng_state()
     fbank(clip, dither=1e-3)
     assert torch.equal(torch.get_rng_state(), state)
-    # As loud as torchaudio's, on average.
-    silence = torch.zeros(1, 16000)
+    # As loud as torchaudio's, on average: the means of 998 frames of other noise differ by 0.06 in
+    # the worst bin, and by 0.10 in the worst of 60 draws.
+    silence = torch.zeros(1, 160_000)
     theirs, ours = (f(silence, dither=0.01).mean(0) for f in (torchaudio_kaldi.fbank, fbank))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.6)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.2)
     exact = fbank(silence.double(), dither=0.01, use_energy=True)
     torch.testing.assert_close(
         fbank(silence, dither=0.01, use_energy=True).double(), exact, rtol=0, atol=2e-3
