@@ -35,6 +35,10 @@ def pool(segments, **options):
 @pytest.mark.parametrize("dim", [24, 192, 384, 768, 1024])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_as_accurate_as_eager(geometry, dim, dtype):
+    from fastast.kernels.segment_pool import max_dim
+
+    if dim > max_dim(90, dtype):
+        pytest.skip("left to PyTorch's own operations")
     inputs, grad = inputs_of(geometry, dtype, dim)
     inputs[0][geometry.used :] = torch.nan
     found = forward_and_gradients(pool(geometry.segments), inputs, grad)
@@ -166,7 +170,8 @@ def test_more_elements_than_32_bits_count():
     u = torch.randn(QUERIES, dim, device="cuda", dtype=torch.bfloat16) / 32
     grad = torch.randn(2, QUERIES, dim, device="cuda", dtype=torch.bfloat16)
     out, dx, _ = forward_and_gradients(pool(geometry.segments), (x, u), grad)
-    alone = Segments.from_lengths([100])
-    expected = forward_and_gradients(pool(alone), (x[-100:].clone(), u), grad[1:])
-    torch.testing.assert_close(out[1:], expected[0])
-    torch.testing.assert_close(dx[-100:], expected[1])
+    reference = pool(Segments.from_lengths([100]), backend="reference")
+    last, last_grad = x[-100:].clone(), grad[1:]
+    eager = forward_and_gradients(reference, (last, u), last_grad)[:2]
+    truth = forward_and_gradients(reference, (last.double(), u.double()), last_grad.double())[:2]
+    assert_as_accurate([out[1:], dx[-100:]], eager, truth)
