@@ -26,6 +26,7 @@ def row(case: str, contender: str, **fields) -> dict:
         "device": "cpu",
         "dtype": "float32",
         "size": "tiny",
+        "shapes": {},
         "peak_bytes": None,
         "ours_over_this": {},
     } | fields  # fmt: skip
