@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--reps",
         type=int,
-        help="repetitions; default: 10 on a CPU, at most 50 on a GPU, where slow steps get fewer",
+        help="repetitions; default: 10 on a CPU, at most 30 on a GPU, where slow steps get fewer",
     )
     parser.add_argument(
         "--out",
@@ -75,7 +75,7 @@ def run_group(group: str, options: argparse.Namespace, device: torch.device) -> 
     path = options.out / results.machine_folder(device.type) / f"{group}.json"
     run = results.current_run(device.type, machine_ceilings(device) if todo else None)
     done = results.measured_cases(path, run) if options.missing else set()
-    reps = options.reps or (10 if device.type == "cpu" else 50)
+    reps = options.reps or (10 if device.type == "cpu" else 30)
     clock = clock_for(device)
     failed = []
     for index, (bench, case) in enumerate(todo, 1):

@@ -95,18 +95,20 @@ def _gpu_batches() -> Iterator[tuple[str, Batch]]:
     "unless the case says so.",
 )
 def cases(settings: Settings) -> Iterator[Case]:
-    batches = _cpu_batches() if settings.device.type == "cpu" else _gpu_batches()
+    on_gpu = settings.device.type == "cuda"
+    batches = _gpu_batches() if on_gpu else _cpu_batches()
     for name, batch in batches:
         yield Case(
             name,
             batch.out_dtype,
             settings.timed_size,
             batch.shapes,
-            partial(_build, settings.device, batch),
+            partial(_build, settings.device, batch, on_gpu),
         )
 
 
-def _build(device: torch.device, batch: Batch) -> Work:
+def _build(device: torch.device, batch: Batch, on_gpu: bool) -> Work:
+    """Ours, and the peers that run on CPUs or on GPUs."""
     generator = torch.Generator(device).manual_seed(0)
     plan = MelPlan.kaldi(SAMPLE_RATE).to(device)
     lengths, shifts_ms = zip(*batch.clips, strict=True)
@@ -151,11 +153,11 @@ def _build(device: torch.device, batch: Batch) -> Work:
             lambda: portable_mel_filterbank(*raw),
         ),
     ]
-    if device.type == "cuda" and len(set(batch.clips)) == 1:
+    if on_gpu and len(set(batch.clips)) == 1:
         dense = samples.view(len(clips), -1)
         contenders += _batched_peers(dense, shifts[0], plan, batch, contender)
-    if device.type == "cpu" or len(clips) <= FEW_CLIPS:
-        contenders += _single_peers(clips, shifts_ms, device, contender)
+    if not on_gpu or len(clips) <= FEW_CLIPS:
+        contenders += _single_peers(clips, shifts_ms, on_gpu, contender)
 
     def expected(dtype: torch.dtype) -> dict[str, Tensor]:
         within = torch.float64 if dtype == torch.float64 else torch.float32
@@ -230,7 +232,7 @@ def _batched_peers(
 def _single_peers(
     clips: Sequence[Tensor],
     shifts_ms: Sequence[int],
-    device: torch.device,
+    on_gpu: bool,
     contender: Callable[..., Contender],
 ) -> Iterator[Contender]:
     """What takes a clip at a time; not installed means not there."""
@@ -241,7 +243,7 @@ def _single_peers(
             "compliance.kaldi.fbank, which the papers' code calls for every clip",
             lambda: torch.cat([_torchaudio(*clip) for clip in alone]),
         )
-    if find_spec("kaldi_native_fbank") and device.type == "cpu":
+    if find_spec("kaldi_native_fbank") and not on_gpu:
         yield contender(
             "kaldi-native-fbank",
             "Kaldi's C++ code, a clip at a time, with the copies that its Python interface "

@@ -39,7 +39,8 @@ MOST_SCORES = 1 << 27
 )
 def cases(settings: Settings) -> Iterator[Case]:
     dtype, size = settings.timed_dtype, settings.timed_size
-    for head_dim in (64, 24) if settings.device.type == "cpu" else (64, 24, 32, 128):
+    on_gpu = settings.device.type == "cuda"
+    for head_dim in (64, 24, 32, 128) if on_gpu else (64, 24):
         heads = TRUNK_SIZES[size].dim // head_dim
         for name, lengths in segment_lengths(settings.device):
             for backward in (False, True):
@@ -54,7 +55,9 @@ def cases(settings: Settings) -> Iterator[Case]:
                         "heads": heads,
                         "head_dim": head_dim,
                     },
-                    partial(_build, settings.device, dtype, lengths, heads, head_dim, backward),
+                    partial(
+                        _build, settings.device, dtype, lengths, heads, head_dim, backward, on_gpu
+                    ),
                 )
 
 
@@ -103,10 +106,12 @@ def _build(
     heads: int,
     head_dim: int,
     backward: bool,
+    on_gpu: bool,
 ) -> Work:
-    generator = torch.Generator().manual_seed(0)
+    """Ours, and the peers that run on CPUs or on GPUs."""
+    generator = torch.Generator(device).manual_seed(0)
     shape = (4, sum(lengths), heads, head_dim)
-    *qkv, grad = torch.randn(shape, generator=generator).to(device, dtype)
+    *qkv, grad = torch.randn(shape, generator=generator, device=device).to(dtype)
     inputs = dict(zip(("q", "k", "v"), qkv, strict=True))
     grad = grad if backward else None
     segments = Segments.from_lengths(lengths).to(device)
@@ -122,7 +127,9 @@ def _build(
         layout: Callable[[Tensor], Tensor],
         to_stream: Callable[[Tensor], Tensor],
     ) -> Call:
-        leaves = {name: layout(x).detach().clone().requires_grad_() for name, x in inputs.items()}
+        leaves = {
+            name: layout(x).detach().clone().requires_grad_(backward) for name, x in inputs.items()
+        }
         there = layout(grad) if backward else None
         laid_out = ("out", "q", "k", "v")
         return Call(lambda: function(leaves), leaves, there, to_stream, laid_out)
@@ -184,7 +191,7 @@ def _build(
         ),
     ]
     # On a GPU, rows of equal segments take thousands of times the arithmetic: a straw man.
-    if device.type == "cpu" or len(set(lengths)) > 1:
+    if not on_gpu or len(set(lengths)) > 1:
         contenders.append(
             peer(
                 "masked rows",
@@ -192,7 +199,7 @@ def _build(
                 masked_rows,
             )
         )
-    if device.type == "cuda":
+    if on_gpu:
         contenders += [
             peer(
                 f"padded SDPA, {name}",

@@ -33,6 +33,7 @@ MOST_LOOPS = 64
 )
 def cases(settings: Settings) -> Iterator[Case]:
     dtype, size = settings.timed_dtype, settings.timed_size
+    on_gpu = settings.device.type == "cuda"
     trunk = TRUNK_SIZES[size]
     for name, lengths in segment_lengths(settings.device):
         for backward in (False, True):
@@ -48,7 +49,14 @@ def cases(settings: Settings) -> Iterator[Case]:
                     "heads": trunk.num_heads,
                 },
                 partial(
-                    _build, settings.device, dtype, lengths, trunk.dim, trunk.num_heads, backward
+                    _build,
+                    settings.device,
+                    dtype,
+                    lengths,
+                    trunk.dim,
+                    trunk.num_heads,
+                    backward,
+                    on_gpu,
                 ),
             )
 
@@ -60,17 +68,19 @@ def _build(
     dim: int,
     heads: int,
     backward: bool,
+    on_gpu: bool,
 ) -> Work:
-    generator = torch.Generator().manual_seed(0)
-    layer = AttentionPool(dim, heads)
+    """Ours, and the peers that run on CPUs or on GPUs."""
+    generator = torch.Generator(device).manual_seed(0)
+    normal = partial(torch.randn, generator=generator, device=device)
+    layer = AttentionPool(dim, heads).to(device)
     with torch.no_grad():
         for parameter in layer.parameters():
             # Scores of order one, so that the softmax is neither flat nor a choice.
             std = 1.0 if parameter.ndim == 1 else dim**-0.5
-            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
-    layer = layer.to(device, dtype)
-    x = torch.randn(sum(lengths), dim, generator=generator).to(device, dtype)
-    grad = torch.randn(len(lengths), dim, generator=generator).to(device, dtype)
+            parameter.copy_(std * normal(parameter.shape))
+    layer = layer.to(dtype)
+    x, grad = normal(sum(lengths), dim).to(dtype), normal(len(lengths), dim).to(dtype)
     segments, padding = Segments.from_lengths(lengths).to(device), Padding(lengths, device)
     one_each = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device)
 
@@ -154,7 +164,7 @@ def _build(
             ),
         ),
     ]
-    if device.type == "cuda":
+    if on_gpu:
         contenders.append(
             peer(
                 "varlen_attn",
@@ -169,7 +179,7 @@ def _build(
                 ),
             )
         )
-    if device.type == "cpu" or count <= MOST_LOOPS:
+    if not on_gpu or count <= MOST_LOOPS:
         contenders.append(
             peer(
                 "loop",

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench import results
+from bench import ceilings, results
 from bench.cases import elastic_ast
 from bench.clock import CpuClock, CudaClock, clock_for, head_start
 from bench.equality import DisagreementError, check, relative_errors
@@ -273,3 +273,28 @@ def test_the_gpu_clock_times_and_sees_memory():
     x = torch.randn(1024, 1024, device=device)
     assert 0 < clock.timer(lambda: x @ x)() < 1000
     assert clock.peak_bytes(lambda: torch.empty(1 << 22, device=device)) >= 1 << 24
+
+
+@pytest.mark.gpu
+def test_the_ceilings_are_of_a_gpu():
+    found = ceilings.measure(torch.device("cuda"), size=1 << 28, edge=4096)
+    assert 1e11 < found["copy_bytes_per_s"] < 2e13
+    assert 1e13 < found["matmul_flops_per_s"] < 1e16
+
+
+@pytest.mark.gpu
+def test_launches_are_not_what_the_gpu_clock_measures():
+    x = torch.zeros(1, device="cuda")
+
+    def step() -> None:
+        for _ in range(50):
+            x.add_(1)
+
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    step()
+    host = 1e3 * (time.perf_counter() - begin)
+    timer = clock_for(torch.device("cuda")).timer(step)
+    assert sorted(timer() for _ in range(5))[2] < max(host, 0.2)
