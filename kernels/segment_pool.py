@@ -67,6 +67,8 @@ from torch import Tensor
 from fastast.kernels.aot import AotCase
 
 MAX_QUERIES = 16
+PRECISION = "bf16x6"
+"""Of products of float32; means nothing to those of 16 bits."""
 MIN_SHARE = 64
 """Rows below which a share costs more to begin than to read."""
 
@@ -182,6 +184,7 @@ def pool_forward(
     Q: tl.constexpr,
     MIN_SHARE: tl.constexpr,
     RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     o_query = tl.arange(0, Q)
@@ -222,7 +225,7 @@ def pool_forward(
                     b_part = _load_kept(p_row + o_part, m_x)
                     b_queries = _load_queries(p_u, o_part, Q, H, D, DTYPE, True)
                 b_keys = tl.permute(b_queries, (0, 2, 1))  # [W, C, Q]
-                b_scores = tl.dot(b_part, b_keys, b_scores, input_precision="bf16x6")
+                b_scores = tl.dot(b_part, b_keys, b_scores, input_precision=PRECISION)
             b_s = tl.sum(b_scores, 0) * LOG2_E  # [T, Q]
             b_s = tl.where(m_row[:, None], b_s, float("-inf"))
             b_new = tl.maximum(b_max, tl.max(b_s, 0))
@@ -239,7 +242,7 @@ def pool_forward(
                     o_part = i * W * C + o_channel
                     b_part = _load_again(p_row + o_part, m_row[None, :, None] & (o_part < D))
                 b_old = b_y[i] * b_rescale[None, :, None]
-                b_next += (tl.dot(b_weights, b_part, b_old, input_precision="bf16x6"),)
+                b_next += (tl.dot(b_weights, b_part, b_old, input_precision=PRECISION),)
             b_y = b_next
 
         b_lse = b_max + tl.log2(b_sum)  # -inf where there are no rows
@@ -340,6 +343,7 @@ def pool_backward(
     Q: tl.constexpr,
     MIN_SHARE: tl.constexpr,
     RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
     SUM_ON_CHIP: tl.constexpr,
 ):
     DTYPE: tl.constexpr = p_x.dtype.element_ty
@@ -405,8 +409,8 @@ def pool_backward(
                     b_grads = _load_queries(p_grad_segment, o_part, Q, H, D, DTYPE, True)
                 b_queries = tl.permute(b_queries, (0, 2, 1))  # [W, C, Q]
                 b_grads = tl.permute(b_grads, (0, 2, 1))
-                b_scores = tl.dot(b_part, b_queries, b_scores, input_precision="bf16x6")
-                b_products = tl.dot(b_part, b_grads, b_products, input_precision="bf16x6")
+                b_scores = tl.dot(b_part, b_queries, b_scores, input_precision=PRECISION)
+                b_products = tl.dot(b_part, b_grads, b_products, input_precision=PRECISION)
             b_w = tl.exp2(tl.sum(b_scores, 0) * LOG2_E - b_lse[None, :])  # [T, Q]
             b_w = tl.where(m_row[:, None], b_w, 0.0)
             b_ds = b_w * (tl.sum(b_products, 0) - b_delta[None, :])
@@ -426,14 +430,14 @@ def pool_backward(
                     b_part = _load_again(p_row + o_part, m_x)
                     b_queries = _load_queries(p_u, o_part, Q, H, D, DTYPE, True)
                     b_grads = _load_queries(p_grad_segment, o_part, Q, H, D, DTYPE, True)
-                b_dx = tl.dot(b_weights, b_grads, input_precision="bf16x6")
-                b_dx = tl.dot(b_slopes, b_queries, b_dx, input_precision="bf16x6")
+                b_dx = tl.dot(b_weights, b_grads, input_precision=PRECISION)
+                b_dx = tl.dot(b_slopes, b_queries, b_dx, input_precision=PRECISION)
                 tl.store(p_dx_row + o_part, b_dx.to(DTYPE), mask=m_x)
                 if SUM_ON_CHIP:
-                    b_next += (tl.dot(b_columns, b_part, b_du[i], input_precision="bf16x6"),)
+                    b_next += (tl.dot(b_columns, b_part, b_du[i], input_precision=PRECISION),)
                 else:
                     b_sum = _load_queries(p_du, o_part, Q, H, D, tl.float32, True)
-                    b_sum = tl.dot(b_columns, b_part, b_sum, input_precision="bf16x6")
+                    b_sum = tl.dot(b_columns, b_part, b_sum, input_precision=PRECISION)
                     _store_queries(p_du, o_part, b_sum, Q, H, D)
             b_du = b_next
             if not SUM_ON_CHIP:
@@ -675,6 +679,7 @@ def _constants(queries: int, dim: int, config: PoolConfig) -> dict[str, int | bo
         "Q": MAX_QUERIES,
         "MIN_SHARE": MIN_SHARE,
         "RESIDENT": config.resident,
+        "PRECISION": PRECISION,
     }
 
 

@@ -38,6 +38,7 @@ def interpreted(interpret, monkeypatch):
     """Interpreted kernels with short shares, so that small segments are cut already."""
     interpret(kernels)
     monkeypatch.setattr(kernels, "MIN_SHARE", 8)
+    monkeypatch.setattr(kernels, "PRECISION", "ieee")  # it knows no splitting, and needs none
 
 
 pytestmark = pytest.mark.usefixtures("interpreted")
