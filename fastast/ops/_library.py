@@ -29,12 +29,9 @@ SEGMENTS_SCHEMA = "Tensor offsets, Tensor host_offsets, Tensor tiles, int max_le
 
 
 def gpu_kernels() -> bool:
-    """Whether kernels of our own serve GPUs: only if ``FASTAST_GPU_KERNELS=1`` asks for them.
-
-    They are checked by interpretation and by compilation, and have not yet run on a GPU. Until they
-    have, PyTorch's own are the default.
-    """
-    return os.environ.get("FASTAST_GPU_KERNELS") == "1"
+    """Whether kernels of our own serve GPUs. ``FASTAST_GPU_KERNELS=0``, set before the library is
+    imported, leaves all work to PyTorch's: to compare, or to find out which of them is at fault."""
+    return os.environ.get("FASTAST_GPU_KERNELS") != "0"
 
 
 @functools.cache
