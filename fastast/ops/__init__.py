@@ -9,7 +9,7 @@ from fastast.ops.mel_filterbank import (
     mel_filterbank,
     mel_filterbank_reference,
 )
-from fastast.ops.mel_plan import Padding
+from fastast.ops.mel_plan import Framing, Padding
 from fastast.ops.packed_attention import (
     flash_attn_varlen_func,
     packed_attention,
@@ -18,6 +18,7 @@ from fastast.ops.packed_attention import (
 from fastast.ops.segment_pool import segment_pool
 
 __all__ = [
+    "Framing",
     "MelPlan",
     "Padding",
     "dither_keys",
