@@ -6,11 +6,14 @@ what is in it is settled by the plan (:mod:`fastast.data.plan`).
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing import parent_process
 from typing import Literal
 
 import numpy as np
@@ -144,6 +147,8 @@ class PackedLoader:
             prefetch_factor=self.prefetch,
             pin_memory=self.pin_memory,
             persistent_workers=True,
+            # They share the data set's memory, and begin without threads (`_in_a_process`).
+            multiprocessing_context="fork",
             worker_init_fn=_in_a_process,
             # It draws a seed for the processes in each epoch: not from the run's random numbers.
             generator=torch.Generator(),
@@ -246,7 +251,17 @@ class _BatchMaker:
 
 def _in_a_process(_: int) -> None:
     # A scheduler may ask every process of a job to stop. Training does, and needs these until then.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    # DataLoader, and Python at its exit, ask by SIGTERM too, and Python then waits without limit:
+    # the parent is obeyed. Who asks, only sigwaitinfo tells. It needs the signal blocked in all
+    # threads; there is one so far, and others inherit that.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_leave_when_told, args=(parent_process().pid,), daemon=True).start()
     # What a process decodes is not there for the others, nor in the next epoch.
     get_worker_info().dataset.dataset.forget()
+
+
+def _leave_when_told(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
