@@ -157,7 +157,12 @@ class PackedLoader:
 
 def _unless_error(made: Batch | AudioError) -> Batch:
     if isinstance(made, AudioError):
-        raise made
+        try:
+            raise made
+        finally:
+            # The error's traceback holds this frame. If this frame held the error, both would stay
+            # until a garbage collection, and so would the loader, which the traceback holds too.
+            del made
     return made
 
 

@@ -1,7 +1,9 @@
+import gc
 import multiprocessing
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +191,23 @@ def test_processes_leave_the_random_state_alone(tones):
     before = torch.get_rng_state()
     list(make(tones, workers=1).epoch(0))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_frees_the_loader_without_the_garbage_collector(tones, workers):
+    """It calls finalizers in any order, and DataLoader's processes do not end in every one."""
+    tones.paths[7].write_bytes(b"")
+    tones.forget()
+    gc.disable()
+    try:
+        with pytest.raises(AudioError) as error:
+            list(make(tones, workers=workers).epoch(0))
+        freed = weakref.ref(error.value)
+        del error
+        assert freed() is None
+    finally:
+        gc.enable()
+    assert not multiprocessing.active_children() and not loader_threads()
 
 
 def test_processes_end_when_their_parent_asks_and_not_before(tones):
