@@ -70,12 +70,13 @@ class PackedLoader:
             raise ValueError(f"bad_files must be 'stop' or 'skip', got {bad_files!r}")
         self.planner = planner
         self.rank = rank
+        self.workers = workers
         self.prefetch = prefetch
         self.pin_memory = pin_memory
         sizes = planner.fixed_sizes() if fixed_shapes else None
         self._make = _BatchMaker(planner, sizes, bad_files)
         self._orders: list[BatchPlan] = []
-        self._processes = self._start_processes(workers) if workers else None
+        self._processes: DataLoader | None = None
 
     @property
     def dataset(self) -> AudioDataset:
@@ -106,9 +107,11 @@ class PackedLoader:
                 ``"stop"``.
         """
         orders = self.planner.plan(epoch).batches_of(self.rank, first_step)
-        if self._processes is None:
-            return self._from_thread(orders)
-        return self._from_processes(orders)
+        return self._from_processes(orders) if self.workers else self._from_thread(orders)
+
+    def close(self) -> None:
+        """Ends the processes, which else live as long as the loader; an epoch starts new ones."""
+        self._processes = None
 
     def silent_batch(self) -> Batch:
         """A batch without clips, of silence that counts for nothing."""
@@ -135,15 +138,17 @@ class PackedLoader:
                     future.cancel()
 
     def _from_processes(self, orders: list[BatchPlan]) -> Iterator[Batch]:
+        if self._processes is None:
+            self._processes = self._new_processes()
         self._orders[:] = orders
         yield from map(_unless_error, self._processes)
 
-    def _start_processes(self, workers: int) -> DataLoader:
+    def _new_processes(self) -> DataLoader:
         return DataLoader(
             self._make,
             sampler=self._orders,
             batch_size=None,
-            num_workers=workers,
+            num_workers=self.workers,
             prefetch_factor=self.prefetch,
             pin_memory=self.pin_memory,
             persistent_workers=True,

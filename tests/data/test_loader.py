@@ -193,6 +193,22 @@ def test_processes_leave_the_random_state_alone(tones):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_processes_end_with_the_loader_or_before(tones):
+    loader = make(tones, workers=2)
+    first = [tensors(batch) for batch in loader.epoch(0)]
+    old = multiprocessing.active_children()
+    assert len(old) == 2
+    loader.close()
+    assert not multiprocessing.active_children()
+    again = [tensors(batch) for batch in loader.epoch(0)]
+    for a, b in zip(again, first, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    new = multiprocessing.active_children()
+    assert len(new) == 2 and {p.pid for p in new}.isdisjoint(p.pid for p in old)
+    del loader
+    assert not multiprocessing.active_children()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_frees_the_loader_without_the_garbage_collector(tones, workers):
     """It calls finalizers in any order, and DataLoader's processes do not end in every one."""
