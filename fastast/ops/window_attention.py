@@ -28,9 +28,10 @@ and for cosine scores, with :math:`r_i = 1 / |q_i|`, :math:`r_j = 1 / |k_j|` and
 :math:`G_{ij} = \tau^{-1} r_i r_j\, dS_{ij}`,
 
 .. math::
-    dQ_i = \sum_j G_{ij} k_j - r_i^2 q_i \sum_j dS_{ij} s_{ij}, \quad
-    dK_j = \sum_i G_{ij} q_i - r_j^2 k_j \sum_i dS_{ij} s_{ij}, \quad
-    d\tau^{-1} = \tau \sum_{ij} dS_{ij} s_{ij}
+    dQ'_i = \sum_j G_{ij} k_j, \quad dQ_i = dQ'_i - r_i^2 (q_i \cdot dQ'_i)\, q_i, \quad
+    d\tau^{-1} = \tau \sum_i q_i \cdot dQ'_i
+
+and likewise :math:`dK_j` from :math:`dK'_j = \sum_i G_{ij} q_i`.
 
 Norms are factors of the scores, not of stored queries and keys: a normalised copy of ``qkv`` would
 cost more memory traffic than the attention itself.
@@ -354,11 +355,12 @@ def _window_attention_backward(
             grads = torch.empty_like(parts)
             dq, dk, dv = grads
             _matmul(weights.to(grad.dtype).mT, grad, out=dv)
-            if factor is not None:
-                ds, scale = ds.mul_(factor), 1.0
-            ds = ds.to(q.dtype)
-            _matmul(ds, k, scale, out=dq)
-            _matmul(ds.mT, q, scale, out=dk)
+            if factor is None:
+                g, of_g = ds.to(q.dtype), scale
+            else:
+                g, of_g = ds.mul_(factor).to(q.dtype), 1.0
+            _matmul(g, k, of_g, out=dq)
+            _matmul(g.mT, q, of_g, out=dk)
             if factor is not None:
                 grad_logit += _subtract_along(dq, q)
                 _subtract_along(dk, k)

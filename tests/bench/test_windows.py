@@ -28,7 +28,7 @@ def measured(build):
 def test_all_ways_compute_the_same(grid, shift, backward):
     rows = measured(partial(cases._build, CPU, torch.float32, grid, shift, 2, backward))
     assert list(rows) == ["fastast", "roll, SDPA", "roll, explicit"]
-    assert all(row["error"] < 1e-6 and row["median_ms"] > 0 for row in rows.values())
+    assert all(row["error"] < 1e-5 and row["median_ms"] > 0 for row in rows.values())
     if backward:
         assert rows["fastast"]["saved_bytes"] < rows["roll, SDPA"]["saved_bytes"]
 
@@ -36,7 +36,7 @@ def test_all_ways_compute_the_same(grid, shift, backward):
 @pytest.mark.parametrize("shift", [(0, 0), (2, 2)], ids=str)
 def test_layers_compute_the_same(shift):
     rows = measured(partial(cases._build_layer, CPU, torch.float32, SCALED, shift, 2))
-    assert all(row["error"] < 1e-6 for row in rows.values())
+    assert all(row["error"] < 1e-5 for row in rows.values())
 
 
 def test_clipped_windows_have_fewer_scores():
