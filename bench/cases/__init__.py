@@ -3,6 +3,7 @@
 from bench.cases import (
     elastic_ast,
     mel_filterbank,
+    mel_memory,
     memory,
     packed_attention,
     segment_pool,
@@ -14,6 +15,7 @@ __all__ = [
     "TRUNK_SIZES",
     "elastic_ast",
     "mel_filterbank",
+    "mel_memory",
     "memory",
     "packed_attention",
     "segment_pool",

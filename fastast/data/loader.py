@@ -179,7 +179,7 @@ class _BatchMaker:
 
     def __init__(self, planner: Planner, sizes: BatchBudget | None, bad_files: str) -> None:
         self.dataset, self.geometry = planner.dataset, planner.geometry
-        self.window, self.dense_frames = planner.window, planner.dense_frames
+        self.framing, self.dense_frames = planner.framing, planner.dense_frames
         self.token_drop, self.seed = planner.token_drop, planner.seed
         self.mixing = planner.mixup is not None
         self.shortest_shift = int(planner.frame_shifts.min())
@@ -196,7 +196,7 @@ class _BatchMaker:
         return collate(
             clips or [self._filler()],
             self.geometry,
-            window=self.window,
+            framing=self.framing,
             sample_rate=self.dataset.sample_rate,
             epoch=order.epoch,
             budget=self.sizes,

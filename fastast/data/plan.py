@@ -16,10 +16,9 @@ import torch
 
 from fastast.data.batch import BatchBudget, padded_samples
 from fastast.data.dataset import AudioDataset
-from fastast.data.frames import samples_for
 from fastast.data.packing import pack
 from fastast.data.sampling import Crop, Mixup, Sampler
-from fastast.ops.mel_filterbank import frame_counts, hop_from_ms
+from fastast.ops.mel_plan import Framing, hop_from_ms
 from fastast.random import random_below, random_bits
 from fastast.segments import TokenBudget
 from fastast.tokens import PatchGeometry, kept_patches
@@ -139,7 +138,7 @@ class Planner:
         dataset: the clips.
         geometry: how spectrograms are cut into patches.
         budget: tokens and clips of a batch, and tokens of the longest clip.
-        window: of a frame, in samples.
+        framing: of the filterbank: how many frames a clip has.
         frame_shift_ms: of the frames. Given several, every visit draws one
             (mixed-resolution training, ElasticAST section 3.4): see
             :func:`~fastast.data.mixed_frame_shifts`.
@@ -167,7 +166,7 @@ class Planner:
         geometry: PatchGeometry,
         *,
         budget: TokenBudget,
-        window: int,
+        framing: Framing,
         frame_shift_ms: float | Sequence[float] = 10.0,
         max_seconds: float | None = None,
         crop: Crop | None = None,
@@ -181,7 +180,7 @@ class Planner:
         self.dataset = dataset
         self.geometry = geometry
         self.budget = budget
-        self.window = window
+        self.framing = framing
         self.max_seconds = max_seconds
         self.crop = crop
         self.dense_frames = dense_frames
@@ -190,8 +189,6 @@ class Planner:
         self.sampler = sampler or Sampler()
         self.packing = packing or Packing()
         self.seed = seed
-        if window < 1:
-            raise ValueError(f"window must be at least 1 sample, got {window}")
         if not 0 <= token_drop < 1:
             raise ValueError(f"token_drop must lie in [0, 1), got {token_drop}")
         if max_seconds is not None and max_seconds <= 0:
@@ -223,12 +220,15 @@ class Planner:
         longest_shift = int(self.frame_shifts.max())
         if self.dense_frames is not None:
             return BatchBudget.for_dense(
-                self.budget, self.dense_frames, window=self.window, max_frame_shift=longest_shift
+                self.budget,
+                self.dense_frames,
+                framing=self.framing,
+                max_frame_shift=longest_shift,
             )
         return BatchBudget.for_tokens(
             self.budget,
             self.geometry,
-            window=self.window,
+            framing=self.framing,
             max_frame_shift=longest_shift,
             token_drop=self.token_drop,
         )
@@ -293,7 +293,7 @@ class Planner:
             most = int(self.max_seconds * self.dataset.sample_rate)
             num_samples = np.minimum(num_samples, most)
         if self.dense_frames is not None:
-            most = samples_for(self.dense_frames, self.window, frame_shift)
+            most = self.framing.least_samples(self.dense_frames, frame_shift)
             num_samples = np.minimum(num_samples, most)
         return num_samples
 
@@ -303,8 +303,8 @@ class Planner:
             frames = np.full(len(num_samples), self.dense_frames)
         else:
             least = self.geometry.min_frames()
-            padded = padded_samples(num_samples, least, self.window, frame_shift)
-            frames = frame_counts(padded, self.window, frame_shift)
+            padded = padded_samples(num_samples, least, self.framing, frame_shift)
+            frames = self.framing.num_frames(padded, frame_shift)
         return self.geometry.freq_patches * self.geometry.time_patches(frames)
 
     def _num_tokens(self, patches: np.ndarray | int) -> np.ndarray | int:

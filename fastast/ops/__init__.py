@@ -9,7 +9,7 @@ from fastast.ops.mel_filterbank import (
     mel_filterbank,
     mel_filterbank_reference,
 )
-from fastast.ops.mel_plan import Padding
+from fastast.ops.mel_plan import Framing, Padding
 from fastast.ops.packed_attention import (
     flash_attn_varlen_func,
     packed_attention,
@@ -20,6 +20,7 @@ from fastast.ops.window_attention import window_attention
 from fastast.ops.window_grids import WindowBudget, WindowGrids
 
 __all__ = [
+    "Framing",
     "MelPlan",
     "Padding",
     "WindowBudget",

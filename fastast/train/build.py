@@ -14,16 +14,17 @@ from fastast.data import (
     Planner,
     Sampler,
     mixed_frame_shifts,
+    padded_samples,
 )
 from fastast.data.datasets import load_manifests
 from fastast.frontend import MelFrontend
 from fastast.methods import Supervised
 from fastast.models import create_model
 from fastast.nn import MelFilterbank
-from fastast.ops.mel_filterbank import frame_counts, hop_from_ms
+from fastast.ops import Framing, hop_from_ms
 from fastast.segments import TokenBudget
 from fastast.tokens import PatchGeometry
-from fastast.train.recipe import DataConfig, Recipe
+from fastast.train.recipe import FILTERBANK_SETTINGS, DataConfig, Recipe
 
 PARTS = ("train", "validation", "test")
 
@@ -78,15 +79,25 @@ def load_data(config: DataConfig, parts: Collection[str] = PARTS) -> Splits:
 
 
 def build_filterbank(recipe: Recipe) -> MelFilterbank:
-    """The filterbank of a recipe."""
-    front = recipe.frontend
-    return MelFilterbank(
-        recipe.data.sample_rate,
-        front.num_mels,
-        frame_length_ms=front.frame_length_ms,
-        mean=front.mean,
-        std=front.std,
-    )
+    """The filterbank of a recipe.
+
+    Raises:
+        ValueError: settings that contradict each other or the sample rate.
+    """
+    front, rate = recipe.frontend, recipe.data.sample_rate
+    settings = {name: getattr(front, name) for name in FILTERBANK_SETTINGS}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if front.preset == "htsat":  # which counts in samples
+        settings["window_length"] = hop_from_ms(settings.pop("frame_length_ms"), rate)
+    try:
+        return MelFilterbank(rate, preset=front.preset, mean=front.mean, std=front.std, **settings)
+    except ValueError as error:
+        raise ValueError(f"frontend, at data.sample_rate={rate}: {error}") from error
+
+
+def framing_of(recipe: Recipe) -> Framing:
+    """What frame counts depend on in a recipe's filterbank."""
+    return build_filterbank(recipe).plan.framing
 
 
 def build_method(recipe: Recipe, num_classes: int, *, multi_label: bool = False) -> Supervised:
@@ -124,6 +135,7 @@ def build_method(recipe: Recipe, num_classes: int, *, multi_label: bool = False)
         raise ValueError(f"model: {name} does not take these settings: {error}") from error
     frontend = MelFrontend(
         build_filterbank(recipe),
+        dither_in_evaluation=front.dither_in_evaluation,
         roll=augment.roll,
         gain_db=augment.gain_db,
         freq_mask=augment.freq_mask,
@@ -144,12 +156,7 @@ def fixed_frames(recipe: Recipe, seconds: float, frame_shift_ms: float) -> int:
     """Frames of a clip of so many seconds."""
     rate = recipe.data.sample_rate
     shift = hop_from_ms(frame_shift_ms, rate)
-    return int(frame_counts(int(seconds * rate), window_length(recipe), shift))
-
-
-def window_length(recipe: Recipe) -> int:
-    """Samples of a frame."""
-    return hop_from_ms(recipe.frontend.frame_length_ms, recipe.data.sample_rate)
+    return int(framing_of(recipe).num_frames(int(seconds * rate), shift))
 
 
 def make_loader(
@@ -197,6 +204,7 @@ def make_loader(
                 "a fixed input size has one time resolution"
             )
         dense_frames = fixed_frames(recipe, seconds or front.fixed_seconds, shifts[0])
+    framing = framing_of(recipe)
     limit = recipe.data.max_seconds if seconds is None else seconds
     tokens = train.batch_tokens
     crop = mixup = None
@@ -212,13 +220,14 @@ def make_loader(
         samples = int(max(dataset.lengths))
         samples = samples if limit is None else min(samples, int(limit * rate))
         hop = hop_from_ms(shifts[0], rate)
-        frames = dense_frames or int(frame_counts(samples, window_length(recipe), hop))
-        tokens = max(tokens, geometry.num_tokens(max(frames, geometry.min_frames())))
+        samples = padded_samples(samples, geometry.min_frames(), framing, hop)
+        frames = dense_frames or int(framing.num_frames(samples, hop))
+        tokens = max(tokens, geometry.num_tokens(frames))
     planner = Planner(
         dataset,
         geometry,
         budget=TokenBudget(tokens, train.batch_clips, tokens),
-        window=window_length(recipe),
+        framing=framing,
         frame_shift_ms=shifts,
         max_seconds=limit,
         crop=crop,

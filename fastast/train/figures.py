@@ -107,7 +107,7 @@ def plot_features(features: Sequence[Features], path: str | PathLike) -> None:
         )
         axis.set_title(each.path, fontsize=8, loc="left")
         axis.set_ylabel("mel bin")
-        figure.colorbar(image, ax=axis, pad=0.01, label="log energy")
+        figure.colorbar(image, ax=axis, pad=0.01, label="log mel")
     axes[-1, 0].set_xlabel("time (s)")
     _save(figure, path, dpi=100)
 

@@ -63,7 +63,8 @@ def test_list_measures_nothing(tmp_path, capsys):
     assert main(["e2e", "memory", "--list", "--device", "cpu", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "e2e/elastic_ast mixed resolutions, 12 clips [tiny, float32]"
-    assert len(lines) == 3
+    assert len(lines) == 5
+    assert "memory/mel_filterbank one clip of 10 s, warm [tiny, float32]" in lines
     assert not list(tmp_path.iterdir())
 
 
