@@ -145,7 +145,7 @@ def test_budget_holds_whatever_fits_its_tokens(lengths, shifts, drop, step, pref
     for index, (samples, shift) in enumerate(zip(lengths, shifts, strict=False)):
         frames = int(frame_counts(max(samples, 7 * shift + WINDOW), WINDOW, shift))
         patches = geometry.freq_patches * geometry.time_patches(frames)
-        keep = random_keep(patches, drop, 0, 0, index) if drop else None
+        keep = random_keep([patches], drop, 0, 0, [index])[0] if drop else None
         clips.append(clip(samples, index, shift, keep))
     exact = pack(clips, geometry)
     tokens = exact.grid.segments.lengths
