@@ -120,7 +120,7 @@ class GMML:
             raise ValueError(f"align must be at least (1, 1), got {self.align}")
         most = max(high, self.alien_ratio if self.alien_share > 0 else 0.0)
         # Half as many again as cover that on average, and a few. Of shares up to 0.8, one clip in
-        # thousands needs more and has to do with these, as one has that is too short for any number.
+        # thousands needs more and has to do with these, as one has that is too short for any.
         drawn = 12 + math.ceil(1.5 * _mean_blocks(most, self.max_block))
         object.__setattr__(self, "_blocks_drawn", drawn)
 
