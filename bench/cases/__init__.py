@@ -1,7 +1,9 @@
 """The benchmarks. Importing this package registers them."""
 
 from bench.cases import (
+    distillation,
     elastic_ast,
+    masking,
     mel_filterbank,
     mel_memory,
     memory,
@@ -13,7 +15,9 @@ from fastast.models.vit import TRUNK_SIZES
 
 __all__ = [
     "TRUNK_SIZES",
+    "distillation",
     "elastic_ast",
+    "masking",
     "mel_filterbank",
     "mel_memory",
     "memory",

@@ -189,7 +189,8 @@ class _BatchMaker:
     def __getitem__(self, order: BatchPlan) -> Batch | AudioError:
         left_out: list[LeftOut] = []
         try:
-            found = [self._clip(order, index, left_out) for index in range(len(order.rows))]
+            keeps = self._kept(order)
+            found = [self._clip(order, index, keep, left_out) for index, keep in enumerate(keeps)]
         except AudioError as error:
             return error
         clips = [clip for clip in found if clip is not None]
@@ -205,16 +206,20 @@ class _BatchMaker:
             left_out=left_out,
         )
 
-    def _clip(self, order: BatchPlan, index: int, left_out: list[LeftOut]) -> Clip | None:
+    def _kept(self, order: BatchPlan) -> list[np.ndarray | None]:
+        """Each clip's patches that become tokens; None for all."""
+        if not self.token_drop:
+            return [None] * len(order.rows)
+        return random_keep(order.patches, self.token_drop, self.seed, order.epoch, order.keys)
+
+    def _clip(
+        self, order: BatchPlan, index: int, keep: np.ndarray | None, left_out: list[LeftOut]
+    ) -> Clip | None:
         row, key = int(order.rows[index]), int(order.keys[index])
         num_samples = int(order.num_samples[index])
         waveform = self._read(row, left_out)
         if waveform is None:
             return None
-        keep = None
-        if self.token_drop:
-            patches = int(order.patches[index])
-            keep = random_keep(patches, self.token_drop, self.seed, order.epoch, key)
         clip = Clip(
             waveform=cut(waveform, int(order.begin[index]), num_samples),
             target=self._target(row),

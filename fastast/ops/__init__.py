@@ -1,6 +1,7 @@
 """The functional API: every operation on a packed stream, for any device."""
 
 from fastast.ops import _native
+from fastast.ops.distillation import distillation_cross_entropy
 from fastast.ops.mel_filterbank import (
     MelPlan,
     dither_keys,
@@ -25,6 +26,7 @@ __all__ = [
     "Padding",
     "WindowBudget",
     "WindowGrids",
+    "distillation_cross_entropy",
     "dither_keys",
     "flash_attn_varlen_func",
     "frame_segments",

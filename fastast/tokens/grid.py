@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastast.random import random_bits
@@ -164,6 +165,34 @@ class PatchGrid:
     def _tables(self) -> tuple[Tensor, ...]:
         return self.first_frame, self.freq, self.time, self.clip_width, self.prefix_id
 
+    def visible(
+        self, masked: Tensor, segments: Segments, num_rows: int
+    ) -> tuple[PatchGrid, Tensor]:
+        """The list without the rows that are masked, for encoding what is left. Waits for nothing.
+
+        Args:
+            masked: bool ``[self.num_rows]``, see :mod:`fastast.tokens.masking`.
+            segments: of the tokens that are left, prefix rows included. How many those are is known
+                beforehand (``mask.num_kept``), so they are made in the loader, where a budget can
+                fix their size.
+            num_rows: of the new list, dead rows included.
+
+        Returns:
+            The shorter list, and int64 ``[num_rows]``: each of its rows' row in this list, or
+            ``self.num_rows`` on dead rows.
+        """
+        kept = self.segments.row_mask(self.num_rows) & ~masked
+        # The row that is the n-th to be kept is the first that has n kept ones up to it.
+        wanted = torch.arange(1, num_rows + 1, device=kept.device)
+        rows = torch.searchsorted(kept.cumsum(0), wanted)
+        # A dead row is listed as :meth:`PatchGeometry.grid` lists it.
+        dead = dict.fromkeys(("first_frame", "freq", "time", "clip_width"), 0) | {"prefix_id": -1}
+        tables = {
+            name: F.pad(getattr(self, name), (0, 1), value=value)[rows]
+            for name, value in dead.items()
+        }
+        return PatchGrid(segments, **tables), rows
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PatchGrid:
         """The same list on another device."""
         return PatchGrid(
@@ -186,15 +215,28 @@ def kept_patches(num_patches: int | np.ndarray, drop: float) -> int | np.ndarray
     return int(kept) if np.ndim(num_patches) == 0 else kept
 
 
-def random_keep(num_patches: int, drop: float, seed: int, epoch: int, clip: int) -> np.ndarray:
-    """Patches of a clip that survive token dropping: sorted, without replacement.
+def random_keep(
+    num_patches: Sequence[int] | np.ndarray,
+    drop: float,
+    seed: int,
+    epoch: int,
+    clips: Sequence[int] | np.ndarray,
+) -> list[np.ndarray]:
+    """Patches that survive token dropping: for each clip, sorted, without replacement.
 
-    ElasticAST's code (not its paper) trains with ``drop=0.1``.
+    ElasticAST's code (not its paper) trains with ``drop=0.1``. The draws are those of
+    :class:`~fastast.tokens.UnstructuredMask`, for the loader's keep lists.
 
     Args:
-        num_patches: of the clip; :func:`kept_patches` of them survive.
+        num_patches: of each clip; :func:`kept_patches` of them survive.
         drop: share to drop, in [0, 1).
-        seed, epoch, clip: keys of the draw, see :mod:`fastast.random`.
+        seed, epoch, clips: keys of the draws, see :mod:`fastast.random`.
     """
-    keys = random_bits(seed, epoch, torch.tensor([clip]), "token drop", num_patches)[0]
-    return np.sort(keys.argsort().numpy()[: kept_patches(num_patches, drop)])
+    num_patches, ids = np.asarray(num_patches, np.int64), np.asarray(clips, np.int64)
+    most = int(num_patches.max(initial=0))
+    bits = random_bits(seed, epoch, torch.from_numpy(ids), "token drop", most).numpy()
+    kept = kept_patches(num_patches, drop)
+    return [
+        np.sort(row[:patches].argsort()[:count])
+        for row, patches, count in zip(bits, num_patches, kept, strict=True)
+    ]
