@@ -3,6 +3,7 @@
 from fastast.tokens.grid import PatchGeometry, PatchGrid, kept_patches, random_keep
 from fastast.tokens.patchify import patchify
 from fastast.tokens.positions import FactorisedPositions, GridPositions, SinCosPositions
+from fastast.tokens.resizing import resize_patch_kernel, resize_positions
 
 __all__ = [
     "FactorisedPositions",
@@ -13,4 +14,6 @@ __all__ = [
     "kept_patches",
     "patchify",
     "random_keep",
+    "resize_patch_kernel",
+    "resize_positions",
 ]
