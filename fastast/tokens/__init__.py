@@ -2,7 +2,12 @@
 
 from fastast.tokens.grid import PatchGeometry, PatchGrid, kept_patches, random_keep
 from fastast.tokens.patchify import patchify
-from fastast.tokens.positions import FactorisedPositions, GridPositions, SinCosPositions
+from fastast.tokens.positions import (
+    FactorisedPositions,
+    GridPositions,
+    ResizedPositions,
+    SinCosPositions,
+)
 from fastast.tokens.resizing import resize_patch_kernel, resize_positions
 
 __all__ = [
@@ -10,6 +15,7 @@ __all__ = [
     "GridPositions",
     "PatchGeometry",
     "PatchGrid",
+    "ResizedPositions",
     "SinCosPositions",
     "kept_patches",
     "patchify",

@@ -30,6 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastast.ops._library import ANY_DEVICE, LIBRARY
+
 METHODS = ("bilinear", "pi")
 
 
@@ -88,7 +90,7 @@ def resize_patch_kernel(
     if weight.shape[-2:] == (height, width):
         return weight
     matrices = [
-        _matrix(old, new, method, weight.dtype, weight.device)
+        _matrix(weight, old, new, method)
         for old, new in zip(weight.shape[-2:], (height, width), strict=True)
     ]
     with torch.autocast(weight.device.type, enabled=False):
@@ -140,22 +142,30 @@ def resize_positions(
             patches = patches.narrow(axis, old // 2 - new // 2, new)
         elif new != old:
             kind = "bilinear" if shrink == "antialias" else "sampled"
-            matrix = _matrix(old, new, kind, table.dtype, table.device)
+            matrix = _matrix(table, old, new, kind)
             with torch.autocast(table.device.type, enabled=False):
                 patches = torch.tensordot(matrix, patches, ([1], [axis])).movedim(0, axis)
     return torch.cat([head, patches.flatten(0, 1)])
 
 
-def _matrix(old: int, new: int, kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What resizes an axis: ``[new, old]``."""
-    # Not an inference tensor, whoever asks first: training asks for the same one.
-    with torch.inference_mode(False):
-        return _matrix_on(old, new, kind, dtype, device)
+# An operator, so that compiled code takes the matrix from the cache instead of computing it, whose
+# pseudo-inverse would make a GPU wait.
+LIBRARY.define("resize_matrix(Tensor like, int old, int new, str kind) -> Tensor")
 
 
-# A constant of compiled code. This is all that torch.compiler.assume_constant_result does, but that
-# would import the compiler along with the library.
-_matrix._dynamo_marked_constant = True
+@torch.library.impl(LIBRARY, "resize_matrix", ANY_DEVICE)
+def _resize_matrix(like: Tensor, old: int, new: int, kind: str) -> Tensor:
+    return _matrix_on(old, new, kind, like.dtype, like.device).clone()
+
+
+@torch.library.register_fake("fastast::resize_matrix", lib=LIBRARY)
+def _(like: Tensor, old: int, new: int, kind: str) -> Tensor:
+    return like.new_empty(new, old)
+
+
+def _matrix(like: Tensor, old: int, new: int, kind: str) -> Tensor:
+    """What resizes an axis: ``[new, old]``, of the dtype and device of ``like``."""
+    return torch.ops.fastast.resize_matrix(like.detach(), old, new, kind)
 
 
 @lru_cache(maxsize=512)
