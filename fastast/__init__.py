@@ -5,7 +5,7 @@ end, and :class:`Segments` says where each begins. See ``docs/concepts.md``.
 """
 
 from fastast.interop import from_reference
-from fastast.models import AST, ElasticAST, create_model, list_models
+from fastast.models import AST, ElasticAST, FlexiAST, create_model, list_models
 from fastast.nn import AttentionPool, MelFilterbank, PackedAttention, WindowAttention
 from fastast.ops import WindowBudget, WindowGrids
 from fastast.segments import Segments, Spectrograms, TokenBudget
@@ -16,6 +16,7 @@ __all__ = [
     "AST",
     "AttentionPool",
     "ElasticAST",
+    "FlexiAST",
     "MelFilterbank",
     "PackedAttention",
     "Segments",

@@ -4,7 +4,13 @@ from fastast.tokens.gmml import GMML, Corrupted, corrupted_share
 from fastast.tokens.grid import PatchGeometry, PatchGrid, kept_patches, random_keep
 from fastast.tokens.masking import ClusteredMask, Mask, StructuredMask, UnstructuredMask
 from fastast.tokens.patchify import patchify
-from fastast.tokens.positions import FactorisedPositions, GridPositions, SinCosPositions
+from fastast.tokens.positions import (
+    FactorisedPositions,
+    GridPositions,
+    ResizedPositions,
+    SinCosPositions,
+)
+from fastast.tokens.resizing import resize_patch_kernel, resize_positions
 
 __all__ = [
     "GMML",
@@ -15,6 +21,7 @@ __all__ = [
     "Mask",
     "PatchGeometry",
     "PatchGrid",
+    "ResizedPositions",
     "SinCosPositions",
     "StructuredMask",
     "UnstructuredMask",
@@ -22,4 +29,6 @@ __all__ = [
     "kept_patches",
     "patchify",
     "random_keep",
+    "resize_patch_kernel",
+    "resize_positions",
 ]

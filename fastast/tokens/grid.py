@@ -9,7 +9,7 @@ is a row that is not in the table, so what is not there is never computed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -49,6 +49,10 @@ class PatchGeometry:
                 f"patch_size[0] ({self.patch_size[0]} mel bins) exceeds num_mels "
                 f"({self.num_mels}): use a lower patch or more mel bins"
             )
+
+    def with_patch_size(self, patch_size: tuple[int, int]) -> PatchGeometry:
+        """The same spectrograms cut into patches of another size, without overlap (FlexiAST)."""
+        return replace(self, patch_size=patch_size, stride=None)
 
     @property
     def freq_patches(self) -> int:
@@ -134,7 +138,7 @@ class PatchGeometry:
         prefix_id[:] = -1
         for index in range(self.prefix):
             prefix_id[begin[counts > 0] + index] = index
-        return PatchGrid(segments, *(torch.from_numpy(column) for column in table))
+        return PatchGrid(segments, *(torch.from_numpy(column) for column in table), self)
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ class PatchGrid:
         time: int32 ``[rows]``, the patch's place along time.
         clip_width: int32 ``[rows]``, patches along time of the token's clip.
         prefix_id: int32 ``[rows]``, which prefix token the row holds; -1 on patches.
+        geometry: how the patches were cut. Traced code is compiled anew for each.
     """
 
     segments: Segments
@@ -156,6 +161,7 @@ class PatchGrid:
     time: Tensor
     clip_width: Tensor
     prefix_id: Tensor
+    geometry: PatchGeometry
 
     @property
     def num_rows(self) -> int:
@@ -198,12 +204,15 @@ class PatchGrid:
         return PatchGrid(
             self.segments.to(device, non_blocking),
             *(table.to(device, non_blocking=non_blocking) for table in self._tables()),
+            self.geometry,
         )
 
     def pin_memory(self) -> PatchGrid:
         """Page-locks the tables, so that :meth:`to` can overlap with computation."""
         return PatchGrid(
-            self.segments.pin_memory(), *(table.pin_memory() for table in self._tables())
+            self.segments.pin_memory(),
+            *(table.pin_memory() for table in self._tables()),
+            self.geometry,
         )
 
 

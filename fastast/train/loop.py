@@ -230,13 +230,22 @@ class _Training:
         if ranks.is_first:
             run.note_left_out([*data.train.left_out, *(data.validation or data.train).left_out])
 
-        forward = torch.compile(self.method, fullgraph=True) if compiled else self.method
+        forward = self._compiled(len(self.loader.planner.geometries)) if compiled else self.method
         self.forward = forward
         if ranks.size > 1:
             self.forward = DistributedDataParallel(
                 forward, [self.device] if on_gpu else None, broadcast_buffers=False
             )
             self._settle_buckets()
+
+    def _compiled(self, patch_sizes: int) -> nn.Module:
+        """The method, to be compiled at its first step; anew for each patch size."""
+        if patch_sizes == 1:
+            return torch.compile(self.method, fullgraph=True)
+        # Each has shapes of its own, that never change; some code is compiled for them all.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, patch_sizes)
+        return torch.compile(self.method, fullgraph=True, dynamic=False)
 
     def run_to_the_end(self) -> nn.Module:
         self.saved_at = time.monotonic()

@@ -243,10 +243,11 @@ LEAVING = """
 import gc, sys
 from fastast import TokenBudget
 from fastast.data import AudioDataset, PackedLoader, Planner
+from fastast.ops import Framing
 from fastast.tokens import PatchGeometry
 
 data, geometry = AudioDataset.from_folder(sys.argv[1], 8000), PatchGeometry(64, (16, 8))
-planner = Planner(data, geometry, budget=TokenBudget(200, 8, 64), window=200)
+planner = Planner(data, geometry, budget=TokenBudget(200, 8, 64), framing=Framing(200))
 loader = PackedLoader(planner, workers=int(sys.argv[2]))
 batches = loader.epoch(0)
 next(batches)
