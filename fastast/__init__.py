@@ -5,8 +5,9 @@ end, and :class:`Segments` says where each begins. See ``docs/concepts.md``.
 """
 
 from fastast.interop import from_reference
-from fastast.models import AST, ElasticAST, create_model, list_models
-from fastast.nn import AttentionPool, MelFilterbank, PackedAttention
+from fastast.models import AST, ElasticAST, FlexiAST, create_model, list_models
+from fastast.nn import AttentionPool, MelFilterbank, PackedAttention, WindowAttention
+from fastast.ops import WindowBudget, WindowGrids
 from fastast.segments import Segments, Spectrograms, TokenBudget
 
 __version__ = "0.1.0"
@@ -15,11 +16,15 @@ __all__ = [
     "AST",
     "AttentionPool",
     "ElasticAST",
+    "FlexiAST",
     "MelFilterbank",
     "PackedAttention",
     "Segments",
     "Spectrograms",
     "TokenBudget",
+    "WindowAttention",
+    "WindowBudget",
+    "WindowGrids",
     "create_model",
     "from_reference",
     "list_models",

@@ -301,6 +301,31 @@ def test_usage_and_errors(argv, status, message, capsys):
     assert message in captured.out + captured.err
 
 
+def test_evaluates_patch_sizes(tones, recipe, tmp_path, capsys):
+    recipe.augment.patch_sizes = [8, (16, 8)]
+    recipe.model.name, recipe.model.max_time_patches = "flexi_ast_tiny", None
+    path, run = tmp_path / "flexi.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(recipe.to_dict()))
+    command = ["fit", str(path), "--run-dir", str(run), "--train.epochs", "1"]
+    assert main([*command, "--train.batch_tokens", "512"]) == 0
+    assert main(["evaluate", str(run), "--patch-sizes", "8,4x16"]) == 0
+    rows = json.loads((run / "evaluation.json").read_text())["patch_sizes"]
+    assert [row["at"] for row in rows] == [[8, 8], [4, 16]]
+    assert "4x16" in capsys.readouterr().out
+    assert (run / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("sizes", ["8,", "8x", "0", "8x0", "8x8x8", "-8", "1.5", "x"])
+def test_bad_patch_sizes(run_dir, sizes, capsys):
+    assert main(["evaluate", str(run_dir), f"--patch-sizes={sizes}"]) == 1
+    assert "--patch-sizes takes sizes such as" in capsys.readouterr().err
+
+
+def test_patch_sizes_of_another_model(run_dir, capsys):
+    assert main(["evaluate", str(run_dir), "--patch-sizes", "8"]) == 1
+    assert "for FlexiAST alone" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("lengths", ["1,x", "-1", "0"])
 def test_bad_lengths(run_dir, lengths, capsys):
     assert main(["evaluate", str(run_dir), "--lengths", lengths]) == 1

@@ -1,21 +1,27 @@
 """The benchmarks. Importing this package registers them."""
 
 from bench.cases import (
+    distillation,
     elastic_ast,
+    masking,
     mel_filterbank,
     mel_memory,
     memory,
     packed_attention,
     segment_pool,
+    window_attention,
 )
 from fastast.models.vit import TRUNK_SIZES
 
 __all__ = [
     "TRUNK_SIZES",
+    "distillation",
     "elastic_ast",
+    "masking",
     "mel_filterbank",
     "mel_memory",
     "memory",
     "packed_attention",
     "segment_pool",
+    "window_attention",
 ]

@@ -6,11 +6,14 @@ what is in it is settled by the plan (:mod:`fastast.data.plan`).
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing import parent_process
 from typing import Literal
 
 import numpy as np
@@ -24,7 +27,7 @@ from fastast.data.dataset import AudioDataset
 from fastast.data.manifest import LeftOut
 from fastast.data.plan import BatchPlan, Planner
 from fastast.data.sampling import cut
-from fastast.tokens import random_keep
+from fastast.tokens import PatchGeometry, random_keep
 
 
 class PackedLoader:
@@ -67,12 +70,13 @@ class PackedLoader:
             raise ValueError(f"bad_files must be 'stop' or 'skip', got {bad_files!r}")
         self.planner = planner
         self.rank = rank
+        self.workers = workers
         self.prefetch = prefetch
         self.pin_memory = pin_memory
         sizes = planner.fixed_sizes() if fixed_shapes else None
         self._make = _BatchMaker(planner, sizes, bad_files)
         self._orders: list[BatchPlan] = []
-        self._processes = self._start_processes(workers) if workers else None
+        self._processes: DataLoader | None = None
 
     @property
     def dataset(self) -> AudioDataset:
@@ -103,14 +107,16 @@ class PackedLoader:
                 ``"stop"``.
         """
         orders = self.planner.plan(epoch).batches_of(self.rank, first_step)
-        if self._processes is None:
-            return self._from_thread(orders)
-        return self._from_processes(orders)
+        return self._from_processes(orders) if self.workers else self._from_thread(orders)
+
+    def close(self) -> None:
+        """Ends the processes, which else live as long as the loader; an epoch starts new ones."""
+        self._processes = None
 
     def silent_batch(self) -> Batch:
         """A batch without clips, of silence that counts for nothing."""
         nothing = np.zeros(0, np.int64)
-        return self._make[BatchPlan(0, *[nothing] * 8)]
+        return self._make[BatchPlan(0, self.planner.geometries[0], *[nothing] * 8)]
 
     def _from_thread(self, orders: list[BatchPlan]) -> Iterator[Batch]:
         pending: deque[Future[Batch]] = deque()
@@ -132,18 +138,22 @@ class PackedLoader:
                     future.cancel()
 
     def _from_processes(self, orders: list[BatchPlan]) -> Iterator[Batch]:
+        if self._processes is None:
+            self._processes = self._new_processes()
         self._orders[:] = orders
         yield from map(_unless_error, self._processes)
 
-    def _start_processes(self, workers: int) -> DataLoader:
+    def _new_processes(self) -> DataLoader:
         return DataLoader(
             self._make,
             sampler=self._orders,
             batch_size=None,
-            num_workers=workers,
+            num_workers=self.workers,
             prefetch_factor=self.prefetch,
             pin_memory=self.pin_memory,
             persistent_workers=True,
+            # They share the data set's memory, and begin without threads (`_in_a_process`).
+            multiprocessing_context="fork",
             worker_init_fn=_in_a_process,
             # It draws a seed for the processes in each epoch: not from the run's random numbers.
             generator=torch.Generator(),
@@ -152,7 +162,12 @@ class PackedLoader:
 
 def _unless_error(made: Batch | AudioError) -> Batch:
     if isinstance(made, AudioError):
-        raise made
+        try:
+            raise made
+        finally:
+            # The error's traceback holds this frame. If this frame held the error, both would stay
+            # until a garbage collection, and so would the loader, which the traceback holds too.
+            del made
     return made
 
 
@@ -162,8 +177,10 @@ class _BatchMaker:
     Errors about files are returned, because DataLoader would make others of them.
     """
 
-    def __init__(self, planner: Planner, sizes: BatchBudget | None, bad_files: str) -> None:
-        self.dataset, self.geometry = planner.dataset, planner.geometry
+    def __init__(
+        self, planner: Planner, sizes: dict[PatchGeometry, BatchBudget] | None, bad_files: str
+    ) -> None:
+        self.dataset = planner.dataset
         self.framing, self.dense_frames = planner.framing, planner.dense_frames
         self.token_drop, self.seed = planner.token_drop, planner.seed
         self.mixing = planner.mixup is not None
@@ -174,32 +191,37 @@ class _BatchMaker:
     def __getitem__(self, order: BatchPlan) -> Batch | AudioError:
         left_out: list[LeftOut] = []
         try:
-            found = [self._clip(order, index, left_out) for index in range(len(order.rows))]
+            keeps = self._kept(order)
+            found = [self._clip(order, index, keep, left_out) for index, keep in enumerate(keeps)]
         except AudioError as error:
             return error
         clips = [clip for clip in found if clip is not None]
         return collate(
             clips or [self._filler()],
-            self.geometry,
+            order.geometry,
             framing=self.framing,
             sample_rate=self.dataset.sample_rate,
             epoch=order.epoch,
-            budget=self.sizes,
+            budget=self.sizes and self.sizes[order.geometry],
             dense_frames=self.dense_frames,
             mixing=self.mixing,
             left_out=left_out,
         )
 
-    def _clip(self, order: BatchPlan, index: int, left_out: list[LeftOut]) -> Clip | None:
+    def _kept(self, order: BatchPlan) -> list[np.ndarray | None]:
+        """Each clip's patches that become tokens; None for all."""
+        if not self.token_drop:
+            return [None] * len(order.rows)
+        return random_keep(order.patches, self.token_drop, self.seed, order.epoch, order.keys)
+
+    def _clip(
+        self, order: BatchPlan, index: int, keep: np.ndarray | None, left_out: list[LeftOut]
+    ) -> Clip | None:
         row, key = int(order.rows[index]), int(order.keys[index])
         num_samples = int(order.num_samples[index])
         waveform = self._read(row, left_out)
         if waveform is None:
             return None
-        keep = None
-        if self.token_drop:
-            patches = int(order.patches[index])
-            keep = random_keep(patches, self.token_drop, self.seed, order.epoch, key)
         clip = Clip(
             waveform=cut(waveform, int(order.begin[index]), num_samples),
             target=self._target(row),
@@ -246,7 +268,17 @@ class _BatchMaker:
 
 def _in_a_process(_: int) -> None:
     # A scheduler may ask every process of a job to stop. Training does, and needs these until then.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    # DataLoader, and Python at its exit, ask by SIGTERM too, and Python then waits without limit:
+    # the parent is obeyed. Who asks, only sigwaitinfo tells. It needs the signal blocked in all
+    # threads; there is one so far, and others inherit that.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_leave_when_told, args=(parent_process().pid,), daemon=True).start()
     # What a process decodes is not there for the others, nor in the next epoch.
     get_worker_info().dataset.dataset.forget()
+
+
+def _leave_when_told(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

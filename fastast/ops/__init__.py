@@ -1,6 +1,7 @@
 """The functional API: every operation on a packed stream, for any device."""
 
 from fastast.ops import _native
+from fastast.ops.distillation import distillation_cross_entropy
 from fastast.ops.mel_filterbank import (
     MelPlan,
     dither_keys,
@@ -16,11 +17,16 @@ from fastast.ops.packed_attention import (
     packed_attention_qkv,
 )
 from fastast.ops.segment_pool import segment_pool
+from fastast.ops.window_attention import window_attention
+from fastast.ops.window_grids import WindowBudget, WindowGrids
 
 __all__ = [
     "Framing",
     "MelPlan",
     "Padding",
+    "WindowBudget",
+    "WindowGrids",
+    "distillation_cross_entropy",
     "dither_keys",
     "flash_attn_varlen_func",
     "frame_segments",
@@ -30,6 +36,7 @@ __all__ = [
     "packed_attention",
     "packed_attention_qkv",
     "segment_pool",
+    "window_attention",
 ]
 
 _native.load()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+
+from torch import nn
 
 from fastast.data import (
     AudioDataset,
@@ -19,7 +21,7 @@ from fastast.data import (
 from fastast.data.datasets import load_manifests
 from fastast.frontend import MelFrontend
 from fastast.methods import Supervised
-from fastast.models import create_model
+from fastast.models import FlexiAST, create_model
 from fastast.nn import MelFilterbank
 from fastast.ops import Framing, hop_from_ms
 from fastast.segments import TokenBudget
@@ -125,14 +127,20 @@ def build_method(recipe: Recipe, num_classes: int, *, multi_label: bool = False)
             "several: use binary_cross_entropy"
         )
     settings = {k: v for k, v in asdict(recipe.model).items() if v is not None and k != "name"}
-    if name.startswith("ast_"):
-        if front.fixed_seconds is None:
-            raise ValueError(f"{name} has a fixed input length: set frontend.fixed_seconds")
+    if name.startswith("ast_") and front.fixed_seconds is None:
+        raise ValueError(f"{name} has a fixed input length: set frontend.fixed_seconds")
+    if name.startswith(("ast_", "flexi_ast_")) and front.fixed_seconds is not None:
+        if recipe.model.input_frames is not None:
+            raise ValueError(
+                "model.input_frames follows from frontend.fixed_seconds: set one of them alone"
+            )
         settings["input_frames"] = fixed_frames(recipe, front.fixed_seconds, finest_shift(recipe))
     try:
         model = create_model(name, num_classes=num_classes, num_mels=front.num_mels, **settings)
     except TypeError as error:  # such as "got an unexpected keyword argument 'stride'"
         raise ValueError(f"model: {name} does not take these settings: {error}") from error
+    if augment.patch_sizes:
+        flexible(model)
     frontend = MelFrontend(
         build_filterbank(recipe),
         dither_in_evaluation=front.dither_in_evaluation,
@@ -145,6 +153,31 @@ def build_method(recipe: Recipe, num_classes: int, *, multi_label: bool = False)
         seed=recipe.train.seed,
     )
     return Supervised(model, frontend, loss=loss, label_smoothing=recipe.train.label_smoothing)
+
+
+def flexible(model: nn.Module) -> FlexiAST:
+    """A model whose patches may have any size.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(model, FlexiAST):
+        raise ValueError(
+            f"patch sizes can be chosen for FlexiAST alone (model.name flexi_ast_*); this is "
+            f"{type(model).__name__}"
+        )
+    return model
+
+
+def size_pairs(patch_sizes: Sequence[int | Sequence[int]]) -> list[tuple[int, int]]:
+    """Patch sizes as mel bins and frames; one number stands for both."""
+    pairs = [(size, size) if isinstance(size, int) else tuple(size) for size in patch_sizes]
+    for pair in pairs:
+        if len(pair) != 2 or min(pair) < 1:
+            raise ValueError(
+                f"a patch size must be mel bins and frames, or one number for both; got {pair}"
+            )
+    return pairs
 
 
 def finest_shift(recipe: Recipe) -> float:
@@ -179,8 +212,9 @@ def make_loader(
         recipe: all settings.
         dataset: the clips.
         geometry: of the model's patches.
-        training: shuffle, augment, mix the resolutions and drop tokens as the recipe says.
-            Otherwise clips come once, at one resolution, whole.
+        training: shuffle, augment, mix the resolutions and patch sizes and drop tokens as the
+            recipe says. Otherwise clips come once, at one resolution, whole, in patches of
+            ``geometry``.
         seconds: cut clips to this length instead of ``data.max_seconds``; where the recipe fixes
             the input size, fix it to this.
         compression: factor on ``frontend.frame_shift_ms``, if not training. Default: the least
@@ -208,8 +242,10 @@ def make_loader(
     limit = recipe.data.max_seconds if seconds is None else seconds
     tokens = train.batch_tokens
     crop = mixup = None
+    patch_sizes = []
     sampler = Sampler(shuffle=False)
     if training:
+        patch_sizes = size_pairs(augment.patch_sizes or [])
         if augment.crop_seconds is not None:
             crop = Crop(tuple(augment.crop_seconds), augment.crop)
         if augment.mixup:
@@ -226,6 +262,7 @@ def make_loader(
     planner = Planner(
         dataset,
         geometry,
+        patch_sizes=patch_sizes,
         budget=TokenBudget(tokens, train.batch_clips, tokens),
         framing=framing,
         frame_shift_ms=shifts,

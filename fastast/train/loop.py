@@ -230,7 +230,7 @@ class _Training:
         if ranks.is_first:
             run.note_left_out([*data.train.left_out, *(data.validation or data.train).left_out])
 
-        forward = torch.compile(self.method, fullgraph=True) if compiled else self.method
+        forward = self._compiled(len(self.loader.planner.geometries)) if compiled else self.method
         self.forward = forward
         if ranks.size > 1:
             self.forward = DistributedDataParallel(
@@ -238,12 +238,24 @@ class _Training:
             )
             self._settle_buckets()
 
+    def _compiled(self, patch_sizes: int) -> nn.Module:
+        """The method, to be compiled at its first step; anew for each patch size."""
+        if patch_sizes == 1:
+            return torch.compile(self.method, fullgraph=True)
+        # Each has shapes of its own, that never change; some code is compiled for them all.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, patch_sizes)
+        return torch.compile(self.method, fullgraph=True, dynamic=False)
+
     def run_to_the_end(self) -> nn.Module:
         self.saved_at = time.monotonic()
         with (
             StopRequest() as self.stop,
             self.progress,
             contextlib.closing(self.log),
+            # An error's traceback holds this run, and with it the processes that decode.
+            contextlib.closing(self.loader),
+            contextlib.closing(self.validation) if self.validation else contextlib.nullcontext(),
         ):
             # A run may have been stopped after the last step, before the end of its epoch.
             while not self.over and (self.epoch_step or self._share_done() < 1):

@@ -171,6 +171,9 @@ class AugmentConfig:
         noise: most uniform noise added to spectrograms (AST on Speech Commands: 0.1).
         roll_frames: roll the spectrogram by up to this many frames either way.
         token_drop: share of tokens dropped (ElasticAST's code: 0.1; its paper: 0).
+        patch_sizes: of which every step draws one, for models whose patches may have any size
+            (FlexiAST): mel bins and frames, or one number for both. Batches are packed for
+            whichever gives the most tokens. Default: the model's own.
     """
 
     crop_seconds: list[float] | None = None
@@ -184,6 +187,7 @@ class AugmentConfig:
     noise: float = 0.0
     roll_frames: int = 0
     token_drop: float = 0.0
+    patch_sizes: list[int | tuple[int, int]] | None = None
 
     def __post_init__(self) -> None:
         check_choices(self, "augment")
@@ -200,6 +204,10 @@ class ModelConfig:
         dim, depth, num_heads: of the trunk.
         max_time_patches: columns of ElasticAST's time table.
         pool: ElasticAST's pooling, ``attention`` or ``mean``.
+        input_frames: frames of the clips that FlexiAST's table of positions is made for; it is laid
+            over any others. Where ``frontend.fixed_seconds`` is set, they are that long.
+        resize: of FlexiAST's kernel, ``pi`` or ``bilinear``.
+        distilled: whether AST and FlexiAST have a distillation token beside the class token.
     """
 
     name: str = "elastic_ast_tiny"
@@ -210,6 +218,9 @@ class ModelConfig:
     num_heads: int | None = None
     max_time_patches: int | None = None
     pool: str | None = None
+    input_frames: int | None = None
+    resize: str | None = None
+    distilled: bool | None = None
 
 
 @dataclass

@@ -19,9 +19,13 @@ def test_every_case_has_a_key_of_its_own():
 def test_the_three_groups_are_registered():
     assert bench.cases.TRUNK_SIZES.keys() == {"tiny", "small", "base"}
     assert set(BENCHMARKS) == {
+        "ops/distillation",
+        "ops/corruption",
+        "ops/masking",
         "ops/mel_filterbank",
         "ops/packed_attention",
         "ops/segment_pool",
+        "ops/window_attention",
         "e2e/elastic_ast",
         "memory/elastic_ast",
         "memory/mel_filterbank",

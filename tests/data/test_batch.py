@@ -201,7 +201,7 @@ def test_budget_holds_whatever_fits_its_tokens(lengths, shifts, drop, step, pref
         least = int(framing.least_samples(8, shift))
         frames = int(framing.num_frames(max(samples, least), shift))
         patches = geometry.freq_patches * geometry.time_patches(frames)
-        keep = random_keep(patches, drop, 0, 0, index) if drop else None
+        keep = random_keep([patches], drop, 0, 0, [index])[0] if drop else None
         clips.append(clip(samples, index, shift, keep))
     exact = pack(clips, geometry, framing=framing)
     tokens = exact.grid.segments.lengths
