@@ -42,7 +42,17 @@ def pair(recipe):
     return recipe
 
 
-def test_two_ranks_equal_one_with_the_same_batches(pair, tmp_path):
+def flexible(recipe):
+    """With patches of another size in each step."""
+    recipe.model = replace(
+        recipe.model, name="flexi_ast_tiny", patch_size=(8, 8), max_time_patches=None
+    )
+    recipe.augment.patch_sizes, recipe.train.batch_tokens = [8, (16, 8)], 512
+
+
+@pytest.mark.parametrize("change", [lambda recipe: None, flexible], ids=["elastic", "flexi"])
+def test_two_ranks_equal_one_with_the_same_batches(pair, change, tmp_path):
+    change(pair)
     alone = replace(pair, train=replace(pair.train, accumulate=2))
     fit(alone, tmp_path / "alone", quiet=True)
     done = torchrun(2, pair, tmp_path / "pair")
