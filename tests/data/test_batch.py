@@ -138,12 +138,13 @@ def test_dense_frames(fixed):
     drop=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
     step=st.sampled_from([5, 8, 11]),
     prefix=st.integers(0, 2),
+    pool=st.sampled_from([1, 3]),
 )
-def test_budget_holds_whatever_fits_its_tokens(lengths, shifts, drop, step, prefix):
-    geometry = PatchGeometry(64, (16, 8), (10, step), prefix)
+def test_budget_holds_whatever_fits_its_tokens(lengths, shifts, drop, step, prefix, pool):
+    geometry = PatchGeometry(64, (16, 8), (10, step), prefix, time_pool=pool)
     clips = []
     for index, (samples, shift) in enumerate(zip(lengths, shifts, strict=False)):
-        frames = int(frame_counts(max(samples, 7 * shift + WINDOW), WINDOW, shift))
+        frames = int(frame_counts(max(samples, (8 * pool - 1) * shift + WINDOW), WINDOW, shift))
         patches = geometry.freq_patches * geometry.time_patches(frames)
         keep = random_keep(patches, drop, 0, 0, index) if drop else None
         clips.append(clip(samples, index, shift, keep))
@@ -160,7 +161,7 @@ def test_budget_holds_whatever_fits_its_tokens(lengths, shifts, drop, step, pref
     assert torch.equal(batch.grid.first_frame, exact.grid.first_frame)
     if not drop:  # nothing but the frames after each clip's last patch is spare
         spare = budget.frames.tokens - int(exact.frames.lengths.sum())
-        assert spare <= len(clips) * (7 + step)
+        assert spare <= len(clips) * (8 * pool - 1 + step * pool)
 
 
 def test_errors():
