@@ -86,11 +86,13 @@ def _read_run(folder: Path, name: str) -> RunRecord:
 
 
 def _flatten(settings: dict) -> dict[str, object]:
-    return {
-        f"{section}.{key}": value
-        for section, part in settings.items()
-        for key, value in part.items()
-    }
+    flat = {}
+    for section, part in settings.items():
+        if isinstance(part, dict):
+            flat |= {f"{section}.{key}": value for key, value in part.items()}
+        else:
+            flat[section] = part
+    return flat
 
 
 def results_table(runs: Sequence[RunRecord]) -> list[list[str]]:
