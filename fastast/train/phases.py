@@ -37,12 +37,12 @@ def phase_recipe(recipe: Recipe, number: int) -> Recipe:
     Raises:
         ValueError: settings that do not fit together.
     """
-    phase = phases_of(recipe)[number]
-    train = replace(
-        recipe.train,
-        epochs=phase.epochs or recipe.train.epochs,
-        max_steps=phase.steps or recipe.train.max_steps,
-    )
+    phases = phases_of(recipe)
+    phase, train = phases[number], recipe.train
+    epochs = phase.epochs or train.epochs
+    if train.average == "epochs" and train.average_from > epochs and number + 1 < len(phases):
+        train = replace(train, average="last")  # it is over before the mean would begin
+    train = replace(train, epochs=epochs, max_steps=phase.steps or train.max_steps)
     one = replace(recipe, phases=[], train=train, optim=replace(recipe.optim, **phase.optim))
     return one if phase.compression == 1 else _COMPRESS[phase.by](one, phase.compression)
 

@@ -251,6 +251,16 @@ def test_what_augmentation_counts_in_frames_covers_as_much_time(recipe):
     assert [(augment.time_mask, augment.roll_frames) for augment in found] == [(12, 2), (48, 8)]
 
 
+def test_a_short_first_phase_has_no_mean_over_later_epochs(recipe):
+    recipe = change(recipe, "train", epochs=25, average="epochs", average_from=6)
+    recipe.phases = [PhaseConfig(epochs=5), PhaseConfig(epochs=6), PhaseConfig()]
+    averages = [phase_recipe(recipe, number).train.average for number in range(3)]
+    assert averages == ["last", "epochs", "epochs"]
+    recipe.phases[-1].epochs = 5
+    with pytest.raises(ValueError, match="average_from .6. comes after the last"):
+        phase_recipe(recipe, 2)
+
+
 def test_recipes_with_phases_survive_json(phased):
     assert Recipe.from_dict(json.loads(json.dumps(phased.to_dict()))) == Recipe.from_dict(
         phased.to_dict()
