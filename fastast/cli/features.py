@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
 from jsonargparse import Namespace
 
 from fastast.cli.options import parser_of, print_left_out
@@ -15,6 +14,7 @@ from fastast.train.bar import progress_bar
 from fastast.train.features import extract_features, output_names
 from fastast.train.figures import plot_features
 from fastast.train.recipe import FrontendConfig, preset_defaults
+from fastast.train.recipe_file import read_recipe_file, settings_in
 
 _MOST_ROWS = 50
 _POSITIVE = ("num_mels", "frame_shift_ms", "frame_length_ms")
@@ -76,15 +76,8 @@ def main(argv: list[str]) -> None:
 
 
 def _read_recipe(path: Path) -> Recipe:
-    if not path.is_file():
-        raise ValueError(f"there is no recipe file {path}")
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} is not a recipe: it has no sections")
-    return Recipe.from_dict(settings)
+    first = next(iter(settings_in(path)), None)
+    return Recipe.from_dict(read_recipe_file(path, first))
 
 
 def _front_end(options: Namespace) -> Recipe:

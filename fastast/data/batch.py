@@ -65,7 +65,7 @@ class BatchBudget:
             token_drop: share of the patches that are dropped. Frames are computed for all
                 patches, so dropping makes the frame stream longer for the same tokens.
         """
-        (_, width), (_, step) = geometry.patch_size, geometry.stride
+        width, step = geometry.patch_frames, geometry.stride_frames
 
         def frames(num_tokens: int, clips: int) -> int:
             if token_drop:  # a clip keeps more than (1 - drop) * patches - 1

@@ -7,10 +7,16 @@ row of the fixed grid; the mean of the two tokens is classified.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastast.models import flops
+from fastast.models.flops import Flops
 from fastast.models.vit import PatchEmbed, Trunk, as_stream, init_vit_weights, register_sizes
 from fastast.segments import Spectrograms
 from fastast.tokens import GridPositions, PatchGeometry, PatchGrid
@@ -31,6 +37,7 @@ class AST(nn.Module):
         stride: between patches; AST's best is ``(10, 10)``, its fastest ``(16, 16)``.
         distilled: whether clips have a distillation token beside the class token (DeiT), and the
             mean of the two is classified.
+        time_pool, time_pooling: of frames before patches are cut, see :class:`PatchGeometry`.
         dim, depth, num_heads, mlp_ratio: of the trunk.
 
     Raises:
@@ -51,14 +58,19 @@ class AST(nn.Module):
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
+        time_pool: int = 1,
+        time_pooling: Literal["average", "max"] = "average",
     ) -> None:
         super().__init__()
-        self.geometry = PatchGeometry(num_mels, patch_size, stride, prefix=1 + distilled)
+        self.geometry = PatchGeometry(
+            num_mels, patch_size, stride, 1 + distilled, time_pool, time_pooling
+        )
         self.input_frames = input_frames
         time_patches = self.geometry.time_patches(input_frames)
         if time_patches < 1:
             raise ValueError(
-                f"input_frames ({input_frames}) is shorter than a patch ({patch_size[1]} frames)"
+                f"input_frames ({input_frames}) is shorter than a patch "
+                f"({self.geometry.patch_frames} frames)"
             )
         self.patch_embed = PatchEmbed(self.geometry, dim)
         self.prefix = nn.Parameter(torch.empty(self.geometry.prefix, dim))  # cls, dist
@@ -110,6 +122,17 @@ class AST(nn.Module):
             grid: the token list, from ``model.geometry.grid(...)``; made here if missing.
         """
         return self.head(self.embed(inputs, grid))
+
+    def flops(self, tokens: Sequence[int] | np.ndarray) -> Flops:
+        """Of clips of so many tokens each, the two class tokens included; see
+        :mod:`fastast.models.flops`."""
+        tokens = np.asarray(tokens, np.int64)
+        tokens = tokens[tokens > 0]
+        total, clips = int(tokens.sum()), len(tokens)
+        first = flops.embedding(self.patch_embed, total - self.geometry.prefix * clips)
+        trunk = flops.blocks(self.trunk, total, flops.pairs(tokens))
+        head = flops.linear(clips, self.head.in_features, self.head.out_features)
+        return Flops(first + trunk + head, first)
 
 
 register_sizes("ast", AST)

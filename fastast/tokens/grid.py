@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,12 +31,17 @@ class PatchGeometry:
         stride: between patches; smaller than ``patch_size`` makes them overlap. Default: no
             overlap.
         prefix: rows before each clip's patches, for class tokens.
+        time_pool: frames that are pooled into one before patches are cut, C in From Coarse to Fine
+            (section 2.3). ``patch_size`` and ``stride`` count pooled frames.
+        time_pooling: ``"average"`` or ``"max"``.
     """
 
     num_mels: int = 128
     patch_size: tuple[int, int] = (16, 16)
     stride: tuple[int, int] | None = None
     prefix: int = 0
+    time_pool: int = 1
+    time_pooling: Literal["average", "max"] = "average"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
@@ -49,6 +55,20 @@ class PatchGeometry:
                 f"patch_size[0] ({self.patch_size[0]} mel bins) exceeds num_mels "
                 f"({self.num_mels}): use a lower patch or more mel bins"
             )
+        if self.time_pool < 1:
+            raise ValueError(f"time_pool must be at least 1 frame, got {self.time_pool}")
+        if self.time_pooling not in ("average", "max"):
+            raise ValueError(f"time_pooling must be 'average' or 'max', got {self.time_pooling!r}")
+
+    @property
+    def patch_frames(self) -> int:
+        """Frames that a patch covers, before they are pooled."""
+        return self.patch_size[1] * self.time_pool
+
+    @property
+    def stride_frames(self) -> int:
+        """Frames from one patch to the next, before they are pooled."""
+        return self.stride[1] * self.time_pool
 
     def with_patch_size(self, patch_size: tuple[int, int]) -> PatchGeometry:
         """The same spectrograms cut into patches of another size, without overlap (FlexiAST)."""
@@ -61,7 +81,8 @@ class PatchGeometry:
 
     def time_patches(self, frames: int | np.ndarray) -> int | np.ndarray:
         """Patches along time of a clip of so many frames; frames left over are not used."""
-        patches = (np.asarray(frames) - self.patch_size[1]) // self.stride[1] + 1
+        # Pooling first and cutting then gives as many: whole groups of frames are counted in both.
+        patches = (np.asarray(frames) - self.patch_frames) // self.stride_frames + 1
         patches = np.maximum(patches, 0)
         return int(patches) if np.ndim(frames) == 0 else patches
 
@@ -73,7 +94,7 @@ class PatchGeometry:
 
     def min_frames(self) -> int:
         """Frames of the shortest clip that has a token."""
-        return self.patch_size[1]
+        return self.patch_frames
 
     def grid(
         self,
@@ -133,7 +154,7 @@ class PatchGeometry:
         )
         freq[row] = patch // width[clip]
         time[row] = patch % width[clip]
-        first_frame[row] = starts[clip] + time[row] * self.stride[1]
+        first_frame[row] = starts[clip] + time[row] * self.stride_frames
         clip_width[row] = width[clip]
         prefix_id[:] = -1
         for index in range(self.prefix):

@@ -119,19 +119,23 @@ def plot_features(features: Sequence[Features], path: str | PathLike) -> None:
 
 
 def plot_learning_curves(
-    panels: dict[str, dict[str, tuple[Sequence[float], Sequence[float]]]], path: str | PathLike
+    panels: dict[str, dict[str, tuple[Sequence[float], Sequence[float]]]],
+    path: str | PathLike,
+    *,
+    over: str = "step",
 ) -> None:
     """Measurements over optimiser steps, a panel for each kind and a line for each run.
 
     Args:
         panels: label of the panel to name of the run to steps and values.
         path: of the image.
+        over: what there is in the place of steps.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), squeeze=False)
     for axis, (label, runs) in zip(axes[0], panels.items(), strict=True):
         for name, (steps, values) in runs.items():
             axis.plot(steps, values, ".-", label=name)
-        axis.set_xlabel("step")
+        axis.set_xlabel(over)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)

@@ -208,6 +208,8 @@ class ModelConfig:
             over any others. Where ``frontend.fixed_seconds`` is set, they are that long.
         resize: of FlexiAST's kernel, ``pi`` or ``bilinear``.
         distilled: whether AST and FlexiAST have a distillation token beside the class token.
+        time_pool: frames that are pooled into one before patches are cut.
+        time_pooling: ``average`` or ``max``.
     """
 
     name: str = "elastic_ast_tiny"
@@ -221,6 +223,11 @@ class ModelConfig:
     input_frames: int | None = None
     resize: str | None = None
     distilled: bool | None = None
+    time_pool: int | None = None
+    time_pooling: Literal["average", "max"] | None = None
+
+    def __post_init__(self) -> None:
+        check_choices(self, "model")
 
 
 @dataclass
@@ -229,6 +236,7 @@ class TrainConfig:
 
     Args:
         epochs: passes over the training clips.
+        max_steps: stop after this many optimiser steps, if sooner.
         max_tokens: stop after this many tokens have been seen, if sooner.
         batch_tokens: tokens of a batch at most, on each rank.
         batch_clips: clips of a batch at most.
@@ -261,6 +269,7 @@ class TrainConfig:
     """
 
     epochs: int = 20
+    max_steps: int | None = None
     max_tokens: int | None = None
     batch_tokens: int = 4096
     batch_clips: int = 64
@@ -292,6 +301,10 @@ class TrainConfig:
         for name in ("average_from", "average_best", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_steps", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {value}")
         if self.average == "epochs" and self.average_from > self.epochs:
             raise ValueError(
                 f"train.average_from ({self.average_from}) comes after the last of "
@@ -308,8 +321,62 @@ class TrainConfig:
 
 
 @dataclass
+class PhaseConfig:
+    """A part of a run that sees sound at one time resolution (From Coarse to Fine, section 2).
+
+    Learning rate, schedule, optimiser, averages and early stopping begin anew in each phase, as in
+    the paper; all that ``optim`` and ``train`` say holds for each.
+
+    Args:
+        compression: factor C on the time from one patch to the next; 1 is the recipe as it stands.
+        by: how time is compressed: ``frame_shift`` makes the frame shift C times as long,
+            ``average`` and ``max`` pool C frames into one, and ``patch`` makes patches C times as
+            wide. All but the first need a whole C.
+        epochs: passes over the training clips. Default: ``train.epochs``.
+        steps: end the phase after this many optimiser steps, if sooner.
+        until: end it once the validation ``metric`` is better than this, if sooner; accuracy, mAP
+            and mAUC lie in [0, 1].
+        resize: how patch kernels get the size that this phase has, ``bilinear`` or ``pi``.
+        keep_moments: take the optimiser's running means along, resized as the weights are, which
+            goes beyond the paper. The second moments are resized bilinearly, so that they stay
+            positive.
+        optim: settings of ``optim`` that are others in this phase, such as ``{lr: 1.0e-4}``.
+    """
+
+    compression: float = 1.0
+    by: Literal["frame_shift", "average", "max", "patch"] = "frame_shift"
+    epochs: int | None = None
+    steps: int | None = None
+    until: float | None = None
+    resize: Literal["bilinear", "pi"] = "bilinear"
+    keep_moments: bool = False
+    optim: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_choices(self, "phases")
+        if self.compression <= 0:
+            raise ValueError(f"phases.compression must be positive, got {self.compression}")
+        if self.by != "frame_shift" and (self.compression < 1 or self.compression % 1):
+            raise ValueError(
+                f"phases.compression must be a whole number with by: {self.by}, got "
+                f"{self.compression}"
+            )
+        for name in ("epochs", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"phases.{name} must be at least 1, got {value}")
+        known = {setting.name for setting in fields(OptimConfig)}
+        if unknown := sorted(set(self.optim) - known):
+            raise ValueError(f"phases.optim has no setting {', '.join(unknown)}")
+
+
+@dataclass
 class Recipe:
-    """All settings of a run. See the classes of its fields."""
+    """All settings of a run. See the classes of its fields.
+
+    ``phases`` are worked off one after the other; without any, a run is one phase
+    (:mod:`fastast.train.phases`).
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     frontend: FrontendConfig = field(default_factory=FrontendConfig)
@@ -317,6 +384,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    phases: list[PhaseConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.frontend = self.frontend.complete()
@@ -334,15 +402,22 @@ class Recipe:
         """
         parts = {}
         for part in fields(cls):
-            kind = part.default_factory
-            given = dict(settings.get(part.name, {}))
-            known = {setting.name for setting in fields(kind)}
-            if unknown := sorted(set(given) - known):
-                raise ValueError(f"{part.name} has no setting {', '.join(unknown)}")
-            parts[part.name] = kind(**given)
+            if part.name == "phases":
+                phases = settings.get("phases", [])
+                parts["phases"] = [_make(PhaseConfig, phase, "phases") for phase in phases]
+            else:
+                parts[part.name] = _make(
+                    part.default_factory, settings.get(part.name, {}), part.name
+                )
         if unknown := sorted(set(settings) - set(parts)):
             raise ValueError(f"a recipe has no section {', '.join(unknown)}")
         return cls(**parts)
+
+
+def _make(kind: type, given: dict, section: str) -> Any:
+    if unknown := sorted(set(given) - {setting.name for setting in fields(kind)}):
+        raise ValueError(f"{section} has no setting {', '.join(unknown)}")
+    return kind(**given)
 
 
 def _plain(value: Any) -> Any:

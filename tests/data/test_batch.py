@@ -192,13 +192,14 @@ def test_dense_frames(fixed):
     step=st.sampled_from([5, 8, 11]),
     prefix=st.integers(0, 2),
     padding=st.sampled_from(Padding),
+    pool=st.sampled_from([1, 3]),
 )
-def test_budget_holds_whatever_fits_its_tokens(lengths, shifts, drop, step, prefix, padding):
-    geometry = PatchGeometry(64, (16, 8), (10, step), prefix)
+def test_budget_holds_whatever_fits_its_tokens(lengths, shifts, drop, step, prefix, padding, pool):
+    geometry = PatchGeometry(64, (16, 8), (10, step), prefix, time_pool=pool)
     framing = Framing(WINDOW, padding)
     clips = []
     for index, (samples, shift) in enumerate(zip(lengths, shifts, strict=False)):
-        least = int(framing.least_samples(8, shift))
+        least = int(framing.least_samples(8 * pool, shift))
         frames = int(framing.num_frames(max(samples, least), shift))
         patches = geometry.freq_patches * geometry.time_patches(frames)
         keep = random_keep([patches], drop, 0, 0, [index])[0] if drop else None
@@ -216,7 +217,7 @@ def test_budget_holds_whatever_fits_its_tokens(lengths, shifts, drop, step, pref
     assert torch.equal(batch.grid.first_frame, exact.grid.first_frame)
     if not drop:  # nothing but the frames after each clip's last patch is spare
         spare = budget.frames.tokens - int(exact.frames.lengths.sum())
-        assert spare <= len(clips) * (7 + step)
+        assert spare <= len(clips) * (8 * pool - 1 + step * pool)
 
 
 def test_errors():

@@ -17,13 +17,24 @@ PATCHES = {
     "tall": PatchGeometry(12, (12, 2)),
     "flat": PatchGeometry(5, (1, 6), (1, 3), prefix=1),
     "prefixed": PatchGeometry(11, (4, 4), (3, 3), prefix=2),
+    "average-pooled": PatchGeometry(11, (4, 2), (3, 1), time_pool=2),
+    "max-pooled": PatchGeometry(12, (4, 1), prefix=1, time_pool=3, time_pooling="max"),
 }
 LENGTHS = [9, 3, 0, 25, 4, 1, 10]  # some shorter than a patch, wherever they may be
 every_geometry = pytest.mark.parametrize("geometry", PATCHES.values(), ids=PATCHES)
 
 
+def pooled(clip: Tensor, geometry: PatchGeometry) -> Tensor:
+    """``[..., frames, mels]`` with whole groups of frames pooled."""
+    if geometry.time_pool == 1 or clip.shape[-2] < geometry.time_pool:
+        return clip[..., : clip.shape[-2] // geometry.time_pool, :]
+    pool = F.avg_pool1d if geometry.time_pooling == "average" else F.max_pool1d
+    return pool(clip.mT, geometry.time_pool).mT
+
+
 def unfolded(clip: Tensor, geometry: PatchGeometry) -> Tensor:
     """All patches of a clip, ``[patches, height * width]``, frequency-major."""
+    clip = pooled(clip, geometry)
     if len(clip) < geometry.patch_size[1]:
         return clip.new_zeros(0, geometry.patch_size[0] * geometry.patch_size[1])
     return F.unfold(clip.T[None, None], geometry.patch_size, stride=geometry.stride)[0].T
@@ -83,7 +94,9 @@ def test_patchify_and_a_linear_layer_are_a_convolution(geometry):
     weight = torch.randn(7, 1, *geometry.patch_size, dtype=torch.float64)
     packed = Spectrograms.from_dense(clip)
     tokens = patchify(packed.frames, geometry.grid(packed.segments), geometry)[geometry.prefix :]
-    expected = F.conv2d(clip.mT[None], weight, stride=geometry.stride)[0].flatten(1).T
+    expected = (
+        F.conv2d(pooled(clip, geometry).mT[None], weight, stride=geometry.stride)[0].flatten(1).T
+    )
     torch.testing.assert_close(tokens @ weight.flatten(1).T, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -176,6 +189,8 @@ def test_grid_moves_whole():
     [
         ({"patch_size": (0, 4)}, r"patch_size \(0, 4\)"),
         ({"stride": (4, -1)}, r"stride \(4, -1\)"),
+        ({"time_pool": 0}, r"time_pool must be at least 1"),
+        ({"time_pooling": "mean"}, r"time_pooling must be 'average' or 'max', got 'mean'"),
         ({"num_mels": 8}, r"patch_size\[0\] \(16 mel bins\) exceeds num_mels \(8\)"),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastast.train import RunDirectory, fit, load_model
+from fastast.train import PhaseConfig, RunDirectory, fit, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,6 +42,11 @@ def pair(recipe):
     return recipe
 
 
+def phased(recipe):
+    """A coarse phase, then a fine one that keeps the optimiser's moments."""
+    recipe.phases = [PhaseConfig(compression=2, epochs=1), PhaseConfig(epochs=1, keep_moments=True)]
+
+
 def flexible(recipe):
     """With patches of another size in each step."""
     recipe.model = replace(
@@ -50,7 +55,7 @@ def flexible(recipe):
     recipe.augment.patch_sizes, recipe.train.batch_tokens = [8, (16, 8)], 512
 
 
-@pytest.mark.parametrize("change", [lambda recipe: None, flexible], ids=["elastic", "flexi"])
+@pytest.mark.parametrize("change", [phased, flexible], ids=["elastic in phases", "flexi"])
 def test_two_ranks_equal_one_with_the_same_batches(pair, change, tmp_path):
     change(pair)
     alone = replace(pair, train=replace(pair.train, accumulate=2))
@@ -110,6 +115,7 @@ sys.exit(main())
 
 def test_three_ranks_stopped_within_an_epoch_resume_to_the_bit(pair, tmp_path):
     """Also the sums over three gradients, which depend on the order that DDP puts them in."""
+    pair.phases = [PhaseConfig(compression=2), PhaseConfig(epochs=1)]
     whole, cut, stopper = (tmp_path / name for name in ("whole", "cut", "stopper.py"))
     done = torchrun(3, pair, whole)
     assert done.returncode == 0, done.stderr
