@@ -362,6 +362,8 @@ def _machine(run: dict) -> str:
 def _provenance(run: dict) -> str:
     machine = run["machine"]
     host = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    if machine.get("load") is not None:
+        host += f", load {machine['load']} before"
     where = f"{machine['gpu']} ({host})" if machine["gpu"] else host
     versions = ", ".join(f"{name} {value}" for name, value in run["versions"].items() if value)
     code = f"commit {run['commit'][:12]}" if run["commit"] else "unknown commit"

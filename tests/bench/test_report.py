@@ -51,6 +51,13 @@ def test_every_table_names_machine_versions_commit_and_date(tmp_path):
     assert "- **padded**: why padded" in page
 
 
+def test_how_busy_the_machine_was_is_said_where_it_is_known(tmp_path):
+    machine = run()["machine"] | {"load": 0.3}
+    rows = [row("length 16, forward", "fastast", **timed(2.0))]
+    results.merge(tmp_path / "cpu" / "ops.json", rows, run(machine=machine))
+    assert "A CPU, 8 cores, 4 threads, load 0.3 before; python" in report.render(tmp_path)
+
+
 def on_gpu(case: str, contender: str, median: float | None, ours: float = 2.0, **fields) -> dict:
     """A row of a GPU's table; ``ours`` is our median of the case."""
     numbers = (
