@@ -7,6 +7,7 @@ from bench.cases import (
     mel_filterbank,
     memory,
     packed_attention,
+    patchify,
     segment_pool,
 )
 from fastast.models.vit import TRUNK_SIZES
@@ -19,5 +20,6 @@ __all__ = [
     "mel_filterbank",
     "memory",
     "packed_attention",
+    "patchify",
     "segment_pool",
 ]

@@ -138,12 +138,14 @@ def test_dense_frames(fixed):
     drop=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
     step=st.sampled_from([5, 8, 11]),
     prefix=st.integers(0, 2),
+    pool=st.sampled_from([1, 1, 3]),
 )
-def test_budget_holds_whatever_fits_its_tokens(lengths, shifts, drop, step, prefix):
-    geometry = PatchGeometry(64, (16, 8), (10, step), prefix)
+def test_budget_holds_whatever_fits_its_tokens(lengths, shifts, drop, step, prefix, pool):
+    geometry = PatchGeometry(64, (16, 8), (10, step), prefix, pool)
     clips = []
     for index, (samples, shift) in enumerate(zip(lengths, shifts, strict=False)):
-        frames = int(frame_counts(max(samples, 7 * shift + WINDOW), WINDOW, shift))
+        least = (geometry.min_frames() - 1) * shift + WINDOW
+        frames = int(frame_counts(max(samples, least), WINDOW, shift))
         patches = geometry.freq_patches * geometry.time_patches(frames)
         keep = random_keep([patches], drop, 0, 0, [index])[0] if drop else None
         clips.append(clip(samples, index, shift, keep))
