@@ -8,6 +8,7 @@ from bench.cases import (
     mel_memory,
     memory,
     packed_attention,
+    patchify,
     segment_pool,
     window_attention,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "mel_memory",
     "memory",
     "packed_attention",
+    "patchify",
     "segment_pool",
     "window_attention",
 ]

@@ -24,6 +24,7 @@ def test_the_three_groups_are_registered():
         "ops/masking",
         "ops/mel_filterbank",
         "ops/packed_attention",
+        "ops/patchify",
         "ops/segment_pool",
         "ops/window_attention",
         "e2e/elastic_ast",
