@@ -45,7 +45,7 @@ def patchify(frames: Tensor, grid: PatchGrid, geometry: PatchGeometry) -> Tensor
             f"frames must be [rows, {geometry.num_mels}] (num_mels), got {tuple(frames.shape)}"
         )
     (height, width), (step, _), num_mels = geometry.patch_size, geometry.stride, geometry.num_mels
-    if frames.shape[0] == 0:
+    if frames.shape[0] < width:  # no clip has a patch
         return frames.new_zeros(grid.num_rows, height * width)
     # 32-bit addresses are faster, and half of the memory.
     index = torch.int32 if frames.numel() < 2**31 else torch.int64
@@ -58,9 +58,9 @@ def patchify(frames: Tensor, grid: PatchGrid, geometry: PatchGeometry) -> Tensor
         """The pixels of all patches, at ``place`` frames from their begin: ``[tokens, h * w]``."""
         offset = freq[:, None] + (place * num_mels)[..., None, :]  # [h, w] or [tokens, h, w]
         address = begin[:, None] + offset.flatten(-2)
-        # Rows without a patch may point past the end.
-        address = address.clamp_(max=frames.numel() - 1).flatten()
-        return bins.index_select(0, address).view(grid.num_rows, height * width)
+        if geometry.time_pool > 1:  # taps that a clip does not have may lie past the end
+            address.clamp_(max=frames.numel() - 1)
+        return bins.index_select(0, address.flatten()).view(grid.num_rows, height * width)
 
     if geometry.time_pool == 1:
         patches = tap(time)
