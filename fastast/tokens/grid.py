@@ -218,7 +218,7 @@ class PatchGrid:
             name: F.pad(getattr(self, name), (0, 1), value=value)[rows]
             for name, value in dead.items()
         }
-        return PatchGrid(segments, **tables), rows
+        return PatchGrid(segments, **tables, geometry=self.geometry), rows
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PatchGrid:
         """The same list on another device."""
