@@ -200,14 +200,14 @@ def savings_table(runs: Sequence[RunRecord], *, converged: bool = False) -> list
 
 
 def compute_curves(runs: Sequence[RunRecord]) -> dict[str, tuple[list, list]]:
-    """The metric after each epoch over the FLOPs until then, in PFLOP, of each run that has any."""
+    """The metric after each epoch over the FLOPs until then, of each run that has any."""
     metric, curves = _headline(runs), {}
     for run in runs:
         known = [epoch for epoch in run.epochs if _is_number(epoch.get(metric))]
         spent = [run.spent("flops", epoch) for epoch in known]
         if any(spent):
             curves[run.name] = (
-                [flops / 1e15 for flops in spent],
+                spent,
                 [100 * epoch[metric] for epoch in known],
             )
     return curves
@@ -249,7 +249,7 @@ def write_report(runs: Sequence[RunRecord], folder: str | PathLike) -> Path:
         lines += _markdown(savings_table(runs, converged=True))
     if curves := compute_curves(runs):
         panel = f"validation {_headline(runs).removeprefix('validation_')} (%)"
-        plot_learning_curves({panel: curves}, folder / "compute.png", over="training PFLOP")
+        plot_learning_curves({panel: curves}, folder / "compute.png", over="training FLOPs")
         lines += ["", "![Metric over compute](compute.png)"]
     if len(runs) > 1:
         lines += ["", "## Settings that differ", ""]
@@ -284,7 +284,12 @@ def _best(key: str, epochs: Sequence[dict]) -> str:
 
 
 def _setting(run: RunRecord, name: str) -> str:
-    return json.dumps(run.settings[name]) if name in run.settings else _NOTHING
+    if name not in run.settings:
+        return _NOTHING
+    value = run.settings[name]
+    if name == "phases":  # what a phase does not say would fill the table
+        value = [{k: v for k, v in phase.items() if v not in (None, False, {})} for phase in value]
+    return json.dumps(value)
 
 
 def _count(value: int | None) -> str:

@@ -187,6 +187,12 @@ def test_savings(experiment):
     assert savings_table(experiment[:1]) == []
 
 
+def test_phases_are_listed_in_short(experiment):
+    rows = {row[0]: row[1:] for row in settings_table(experiment)}
+    short = '[{"compression": 4, "epochs": 1}, {"epochs": 3}]'
+    assert rows["phases"] == ["–", short, short, short]
+
+
 def test_savings_without_measurements(tmp_path, folders):
     """Logs of old have no FLOPs, and some runs no validation."""
     rows = savings_table(read_runs(folders))
@@ -198,7 +204,7 @@ def test_savings_without_measurements(tmp_path, folders):
 
 def test_compute_curves_and_costs(experiment, tmp_path):
     curves = compute_curves(experiment)
-    assert curves["better"][0] == pytest.approx([0.2, 1.2, 2.2, 3.2])
+    assert curves["better"][0] == pytest.approx([2e14, 1.2e15, 2.2e15, 3.2e15])
     assert curves["better"][1] == pytest.approx([90, 45, 51, 60])
     table = {row[0]: row[1:] for row in results_table(experiment)}
     assert table["training FLOPs"] == ["5e+15", "3.2e+15", "2.2e+15", "2e+14"]
