@@ -16,10 +16,14 @@ from fastast.ops.packed_attention import (
     packed_attention_qkv,
 )
 from fastast.ops.segment_pool import segment_pool
+from fastast.ops.window_attention import window_attention
+from fastast.ops.window_grids import WindowBudget, WindowGrids
 
 __all__ = [
     "MelPlan",
     "Padding",
+    "WindowBudget",
+    "WindowGrids",
     "dither_keys",
     "flash_attn_varlen_func",
     "frame_segments",
@@ -29,6 +33,7 @@ __all__ = [
     "packed_attention",
     "packed_attention_qkv",
     "segment_pool",
+    "window_attention",
 ]
 
 _native.load()

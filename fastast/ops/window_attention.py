@@ -1,0 +1,378 @@
+r"""Attention within windows of a ragged batch's patch grids, with a relative position bias.
+
+For the patches :math:`i, j` of one window (:mod:`fastast.ops.window_grids`) at :math:`(y_i, x_i)`
+and :math:`(y_j, x_j)`, and each head with its row :math:`B` of the bias table,
+
+.. math::
+    b_{ij} = B_{(y_i - y_j + w - 1)(2w - 1) + x_i - x_j + w - 1}, \quad
+    P_{ij} = \mathrm{softmax}_j(s_{ij} + b_{ij}), \quad
+    o_i = \sum_j P_{ij} v_j
+
+with scaled scores :math:`s_{ij} = s\, q_i \cdot k_j` (Swin: Liu et al., 2021, equation 4) or
+cosine scores :math:`s_{ij} = \tau^{-1}\, \hat q_i \cdot \hat k_j` (Swin v2: Liu et al., 2022,
+equation 2), where :math:`\hat x = x / \max(|x|, 10^{-12})`.
+
+The forward keeps its inputs alone. A window is small, so the backward computes :math:`P` again
+from them, and needs neither the output nor log-sum-exps:
+
+.. math::
+    dV_j = \sum_i P_{ij}\, dO_i, \quad
+    dP_{ij} = dO_i \cdot v_j, \quad
+    dS_{ij} = P_{ij} \bigl(dP_{ij} - \sum_j P_{ij}\, dP_{ij}\bigr), \quad
+    dB_t = \sum_{b_{ij} = B_t} dS_{ij}
+
+    \text{scaled:} \quad dQ_i = s \sum_j dS_{ij} k_j, \quad dK_j = s \sum_i dS_{ij} q_i
+
+and for cosine scores, with :math:`r_i = 1 / |q_i|`, :math:`r_j = 1 / |k_j|` and
+:math:`G_{ij} = \tau^{-1} r_i r_j\, dS_{ij}`,
+
+.. math::
+    dQ_i = \sum_j G_{ij} k_j - r_i^2 q_i \sum_j dS_{ij} s_{ij}, \quad
+    dK_j = \sum_i G_{ij} q_i - r_j^2 k_j \sum_i dS_{ij} s_{ij}, \quad
+    d\tau^{-1} = \tau \sum_{ij} dS_{ij} s_{ij}
+
+Norms are factors of the scores, not of stored queries and keys: a normalised copy of ``qkv`` would
+cost more memory traffic than the attention itself.
+
+Layouts: ``qkv [rows, 3, heads, head_dim]``; ``out [rows, heads, head_dim]``; ``bias_table
+[heads, (2 window - 1)**2]``; ``logit_scale [heads]``. Nothing is rolled or partitioned. Dead rows
+are zero in the output and in the gradient of ``qkv``, and never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastast.ops._library import ANY_DEVICE, LIBRARY, check_choice, once_differentiable
+from fastast.ops.window_grids import WindowGrids
+
+BACKENDS = ("auto", "reference")
+EPSILON = 1e-12
+"""Norms below this are taken for it, as :func:`torch.nn.functional.normalize` does."""
+
+
+def window_attention(
+    qkv: Tensor,
+    bias_table: Tensor,
+    grids: WindowGrids,
+    *,
+    scale: float | None = None,
+    logit_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention within each window, with a bias for the offset between two patches.
+
+    Args:
+        qkv: ``[rows, 3, heads, head_dim]``, as a fused projection writes it. Any strides.
+        bias_table: ``[heads, (2 * window - 1)**2]``, floating point; float32 beside a ``qkv`` of
+            lower precision is kept as it is. Entry ``(dy + window - 1) * (2 * window - 1) + dx +
+            window - 1`` is added to the score of a query ``(dy, dx)`` patches after the key.
+        grids: the windows of the stream.
+        scale: of scaled scores; default ``head_dim ** -0.5``.
+        logit_scale: ``[heads]``, positive; makes the scores cosines times this. Swin v2's is
+            ``1 / max(tau, 0.01)``.
+        backend: ``"auto"`` or ``"reference"`` (explicit matmul and softmax, any dtype).
+
+    Returns:
+        ``[rows, heads, head_dim]``, contiguous, in the dtype of ``qkv``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, or both scales.
+    """
+    check_choice("backend", backend, BACKENDS)
+    if qkv.ndim != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv must be [rows, 3, heads, head_dim], got {tuple(qkv.shape)}")
+    heads, head_dim = qkv.shape[2:]
+    if scale is not None and logit_scale is not None:
+        raise ValueError("scale is of scaled scores, logit_scale of cosine scores: give one")
+    parameters = [("bias_table", bias_table, (heads, grids.num_offsets))]
+    if logit_scale is not None:
+        parameters.append(("logit_scale", logit_scale, (heads,)))
+    for name, x, shape in parameters:
+        if x.shape != shape or x.device != qkv.device:
+            raise ValueError(
+                f"{name} must be {list(shape)} on {qkv.device} for {heads} heads and windows of "
+                f"{grids.window}, got {list(x.shape)} on {x.device}"
+            )
+    for name, x in [("qkv", qkv)] + [entry[:2] for entry in parameters]:
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
+    if qkv.device != grids.windows.device:
+        raise ValueError(
+            f"qkv is on {qkv.device} but grids are on {grids.windows.device}: "
+            "move them with grids.to(device)"
+        )
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if backend == "reference":
+        return window_attention_reference(
+            qkv, bias_table, logit_scale, grids.host_windows, grids.window, scale
+        )
+    return torch.ops.fastast.window_attention(
+        qkv, bias_table, logit_scale, grids.windows, grids.host_windows, grids.window, scale
+    )
+
+
+def window_attention_reference(
+    qkv: Tensor,
+    bias_table: Tensor,
+    logit_scale: Tensor | None,
+    host_windows: Tensor,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """The specification: explicit scores and softmax, window by window, differentiable."""
+    rows, parts = [], []
+    for first, pitch, height, width in host_windows.tolist():
+        y, x = (axis.flatten() for axis in _coordinates(height, width, qkv.device))
+        rows.append(first + y * pitch + x)
+        q, k, v = qkv[rows[-1]].permute(1, 2, 0, 3)  # [heads, patches, head_dim]
+        if logit_scale is None:
+            scores = scale * (q @ k.mT)
+        else:
+            q, k = F.normalize(q, dim=-1, eps=EPSILON), F.normalize(k, dim=-1, eps=EPSILON)
+            scores = logit_scale[:, None, None] * (q @ k.mT)
+        dy, dx = (axis[:, None] - axis + window - 1 for axis in (y, x))
+        scores = scores + bias_table[:, dy * (2 * window - 1) + dx]
+        parts.append((scores.softmax(-1).to(v.dtype) @ v).transpose(0, 1))
+    out = qkv.new_zeros(qkv.shape[0], *qkv.shape[2:])
+    return out.index_copy(0, torch.cat(rows), torch.cat(parts))
+
+
+def window_attention_flops(host_windows: Tensor, heads: int, head_dim: int) -> int:
+    """Floating-point operations of the two forward matmuls, summed over windows."""
+    patches = host_windows[:, 2:].to(torch.int64).prod(1)
+    return 4 * heads * head_dim * int((patches * patches).sum())
+
+
+# The operators --------------------------------------------------------------------------------
+
+GRIDS_SCHEMA = "Tensor windows, Tensor host_windows, int window"
+LIBRARY.define(
+    f"window_attention(Tensor qkv, Tensor bias_table, Tensor? logit_scale, {GRIDS_SCHEMA},"
+    " float scale) -> Tensor"
+)
+# The last result is empty without a logit_scale.
+LIBRARY.define(
+    "window_attention_backward(Tensor grad_out, Tensor qkv, Tensor bias_table,"
+    f" Tensor? logit_scale, {GRIDS_SCHEMA}, float scale)"
+    " -> (Tensor grad_qkv, Tensor grad_bias_table, Tensor grad_logit_scale)"
+)
+
+CHUNK = 1 << 18
+"""Scores computed at a time: with what is made of them, they stay in the second-level cache."""
+
+
+class Chunk(NamedTuple):
+    """Neighbouring windows of one shape, ``height x width`` patches each."""
+
+    windows: slice
+    height: int
+    width: int
+
+    def rows(self, windows: Tensor) -> Tensor:
+        """Rows of the stream: ``[windows * patches]``, on the table's device."""
+        first, pitch = windows[self.windows, :2].to(torch.int64)[:, :, None, None].unbind(1)
+        y, x = _coordinates(self.height, self.width, windows.device)
+        return (first + y * pitch + x).flatten()
+
+
+def _coordinates(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row ``[height, width]`` and column of each patch of a window."""
+    y, x = torch.arange(height, device=device), torch.arange(width, device=device)
+    return y[:, None].expand(height, width), x.expand(height, width)
+
+
+def _chunks(host_windows: Tensor, heads: int) -> Iterator[list[Chunk]]:
+    """The windows with patches, by shape, in chunks of about ``CHUNK`` scores."""
+    shapes, counts = torch.unique_consecutive(host_windows[:, 2:], dim=0, return_counts=True)
+    begin = 0
+    for (height, width), count in zip(shapes.tolist(), counts.tolist(), strict=True):
+        if patches := height * width:
+            step = max(1, CHUNK // (heads * patches * patches))
+            yield [
+                Chunk(slice(first, min(first + step, begin + count)), height, width)
+                for first in range(begin, begin + count, step)
+            ]
+        begin += count
+
+
+def _bias(bias_table: Tensor, window: int, height: int, width: int) -> Tensor:
+    """The biases between the patches of a window of some shape: ``[heads, patches, patches]``."""
+    y, x = (axis.flatten() for axis in _coordinates(height, width, bias_table.device))
+    dy, dx = (axis[:, None] - axis + window - 1 for axis in (y, x))
+    index = (dy * (2 * window - 1) + dx).flatten()
+    return bias_table.index_select(1, index).unflatten(1, (height * width, height * width))
+
+
+def _add_offsets(total: Tensor, grad: Tensor, height: int, width: int) -> None:
+    """Adds gradients of pairs ``[heads, patches, patches]`` to those of their offsets ``total
+    [heads, 2 window - 1, 2 window - 1]``, in a fixed order on every device."""
+    pairs = grad.unflatten(2, (height, width)).unflatten(1, (height, width))
+    by_x = _sum_diagonals(pairs.transpose(2, 3))  # [heads, y, y', 2 width - 1]
+    by_offset = _sum_diagonals(by_x.permute(0, 3, 1, 2)).transpose(1, 2)
+    margin_y, margin_x = (total.shape[1] + 1) // 2 - height, (total.shape[2] + 1) // 2 - width
+    total[:, margin_y:, margin_x:][:, : 2 * height - 1, : 2 * width - 1] += by_offset
+
+
+def _sum_diagonals(x: Tensor) -> Tensor:
+    """``[..., n, n] -> [..., 2 n - 1]``: sums over pairs ``i, j`` of equal ``i - j``.
+
+    With the columns reversed and the rows padded to ``2 n``, reading the same numbers in rows of
+    ``2 n - 1`` moves row ``i`` to the right by ``i``, which puts equal differences in a column.
+    """
+    n = x.shape[-1]
+    skewed = F.pad(x.flip(-1), (0, n)).flatten(-2)[..., : n * (2 * n - 1)]
+    return skewed.unflatten(-1, (n, 2 * n - 1)).sum(-2)
+
+
+def _gather(x: Tensor, rows: Tensor, patches: int) -> Tensor:
+    """Rows of a stream as ``[windows, patches, ...]``."""
+    return x.index_select(0, rows).unflatten(0, (-1, patches))
+
+
+def _inverse_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``1 / max(|x|, EPSILON)`` of the last dimension, which stays."""
+    return (
+        torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+        .clamp_min(EPSILON)
+        .reciprocal()
+    )
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _check_rows(qkv: Tensor, host_windows: Tensor) -> None:
+    """Reads values: for kernels, not for tracing."""
+    if qkv.shape[0] < (rows := int(host_windows[-1, 0])):
+        raise ValueError(f"qkv has {qkv.shape[0]} rows but the clips of its grids have {rows}")
+
+
+@torch.library.impl(LIBRARY, "window_attention", ANY_DEVICE)
+def _window_attention(qkv, bias_table, logit_scale, windows, host_windows, window, scale):
+    _check_rows(qkv, host_windows)
+    rows, _, heads, dim = qkv.shape
+    dtype = _sum_dtype(qkv)
+    out = qkv.new_empty(rows, heads, dim)
+    for chunks in _chunks(host_windows, heads):
+        height, width = chunks[0].height, chunks[0].width
+        bias = _bias(bias_table.to(dtype), window, height, width)
+        for chunk in chunks:
+            index = chunk.rows(windows)
+            q, k, v = _gather(qkv, index, height * width).permute(2, 0, 3, 1, 4)
+            weights = _weights(q, k, bias, logit_scale, scale)[0]
+            part = (weights.to(v.dtype) @ v).transpose(1, 2)  # [windows, patches, heads, dim]
+            out.index_copy_(0, index, part.flatten(0, 1))
+    out[int(host_windows[-1, 0]) :].zero_()
+    return out
+
+
+def _weights(q, k, bias, logit_scale, scale):
+    """Softmax weights ``[windows, heads, patches, patches]`` and, of cosines, the factors and
+    scores without bias."""
+    scores = (q @ k.mT).to(bias.dtype)
+    factor = scale
+    if logit_scale is not None:
+        norms = (_inverse_norm(x, bias.dtype) for x in (q, k))
+        factor = logit_scale.to(bias.dtype)[:, None, None] * next(norms) * next(norms).mT
+    scores.mul_(factor)
+    return (scores + bias).softmax(-1), factor, scores
+
+
+@torch.library.impl(LIBRARY, "window_attention_backward", ANY_DEVICE)
+def _window_attention_backward(
+    grad_out, qkv, bias_table, logit_scale, windows, host_windows, window, scale
+):
+    heads, dtype = qkv.shape[2], _sum_dtype(qkv)
+    grad_qkv = qkv.new_empty(qkv.shape)
+    grad_bias = qkv.new_zeros(heads, 2 * window - 1, 2 * window - 1, dtype=dtype)
+    grad_logit = qkv.new_zeros(0 if logit_scale is None else heads, dtype=dtype)
+    for chunks in _chunks(host_windows, heads):
+        height, width = chunks[0].height, chunks[0].width
+        patches = height * width
+        bias = _bias(bias_table.to(dtype), window, height, width)
+        pairs = torch.zeros_like(bias)
+        for chunk in chunks:
+            index = chunk.rows(windows)
+            q, k, v = _gather(qkv, index, patches).permute(2, 0, 3, 1, 4)
+            grad = _gather(grad_out, index, patches).transpose(1, 2)
+            weights, factor, scores = _weights(q, k, bias, logit_scale, scale)
+            ds = torch._softmax_backward_data((grad @ v.mT).to(dtype), weights, -1, dtype)
+            pairs += ds.sum(0)
+            part = q.new_empty(q.shape[0], patches, 3, heads, q.shape[-1])
+            dq, dk, dv = part.permute(2, 0, 3, 1, 4)
+            torch.matmul(weights.to(grad.dtype).mT, grad, out=dv)
+            g = (ds * factor).to(q.dtype)
+            torch.matmul(g, k, out=dq)
+            torch.matmul(g.mT, q, out=dk)
+            if logit_scale is not None:
+                ds *= scores
+                dq -= q * (ds.sum(-1, keepdim=True) * _inverse_norm(q, dtype) ** 2)
+                dk -= k * (ds.sum(-2)[..., None] * _inverse_norm(k, dtype) ** 2)
+                grad_logit += ds.sum((0, 2, 3))
+            grad_qkv.index_copy_(0, index, part.flatten(0, 1))
+        _add_offsets(grad_bias, pairs, height, width)
+    grad_qkv[int(host_windows[-1, 0]) :].zero_()
+    if logit_scale is not None:
+        grad_logit = (grad_logit / logit_scale).to(logit_scale.dtype)
+    return grad_qkv, grad_bias.flatten(1).to(bias_table.dtype), grad_logit
+
+
+# Shapes for tracing ---------------------------------------------------------------------------
+
+
+@torch.library.register_fake("fastast::window_attention", lib=LIBRARY)
+def _(qkv, bias_table, logit_scale, windows, host_windows, window, scale):
+    rows, _, heads, dim = qkv.shape
+    return qkv.new_empty(rows, heads, dim)
+
+
+@torch.library.register_fake("fastast::window_attention_backward", lib=LIBRARY)
+def _(grad_out, qkv, bias_table, logit_scale, windows, host_windows, window, scale):
+    grad_logit = (
+        qkv.new_empty(0, dtype=_sum_dtype(qkv))
+        if logit_scale is None
+        else logit_scale.new_empty(logit_scale.shape)
+    )
+    return qkv.new_empty(qkv.shape), bias_table.new_empty(bias_table.shape), grad_logit
+
+
+# Autograd -------------------------------------------------------------------------------------
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _vjp(ctx, grad_out):
+    tensors = ctx.saved_tensors
+    grad_qkv, grad_bias, grad_logit = torch.ops.fastast.window_attention_backward(
+        grad_out, *tensors, ctx.window, ctx.scale
+    )
+    return grad_qkv, grad_bias, None if tensors[2] is None else grad_logit, None, None, None, None
+
+
+torch.library.register_autograd("fastast::window_attention", _vjp, setup_context=_save, lib=LIBRARY)
+once_differentiable("fastast::window_attention_backward")
+
+
+# Cost -----------------------------------------------------------------------------------------
+
+
+@register_flop_formula(torch.ops.fastast.window_attention, get_raw=True)
+def _(qkv, bias_table, logit_scale, windows, host_windows, *args, **kwargs) -> int:
+    return window_attention_flops(host_windows, *qkv.shape[2:])
+
+
+@register_flop_formula(torch.ops.fastast.window_attention_backward, get_raw=True)
+def _(grad_out, qkv, bias_table, logit_scale, windows, host_windows, *args, **kwargs) -> int:
+    # Five matmuls (the scores again, dV, dP, dQ, dK) to the forward's two.
+    return window_attention_flops(host_windows, *qkv.shape[2:]) * 5 // 2
