@@ -6,7 +6,8 @@ end, and :class:`Segments` says where each begins. See ``docs/concepts.md``.
 
 from fastast.interop import from_reference
 from fastast.models import AST, ElasticAST, create_model, list_models
-from fastast.nn import AttentionPool, MelFilterbank, PackedAttention
+from fastast.nn import AttentionPool, MelFilterbank, PackedAttention, WindowAttention
+from fastast.ops import WindowBudget, WindowGrids
 from fastast.segments import Segments, Spectrograms, TokenBudget
 
 __version__ = "0.1.0"
@@ -20,6 +21,9 @@ __all__ = [
     "Segments",
     "Spectrograms",
     "TokenBudget",
+    "WindowAttention",
+    "WindowBudget",
+    "WindowGrids",
     "create_model",
     "from_reference",
     "list_models",
