@@ -10,7 +10,8 @@ and :math:`(y_j, x_j)`, and each head with its row :math:`B` of the bias table,
 
 with scaled scores :math:`s_{ij} = s\, q_i \cdot k_j` (Swin: Liu et al., 2021, equation 4) or
 cosine scores :math:`s_{ij} = \tau^{-1}\, \hat q_i \cdot \hat k_j` (Swin v2: Liu et al., 2022,
-equation 2), where :math:`\hat x = x / \max(|x|, 10^{-12})`.
+equation 2), where :math:`\hat x = x / |x|`; a vector shorter than :math:`10^{-12}` has no
+direction, and its cosines are 0.
 
 The forward keeps its inputs alone. A window is small, so the backward computes :math:`P` again
 from them, and needs neither the output nor log-sum-exps:
@@ -42,6 +43,7 @@ are zero in the output and in the gradient of ``qkv``, and never read.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -49,12 +51,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastast.ops._library import ANY_DEVICE, LIBRARY, check_choice, once_differentiable
+from fastast.ops._library import (
+    ANY_DEVICE,
+    LIBRARY,
+    check_choice,
+    once_differentiable,
+    triton_kernels,
+)
 from fastast.ops.window_grids import WindowGrids
 
 BACKENDS = ("auto", "reference")
-EPSILON = 1e-12
-"""Norms below this are taken for it, as :func:`torch.nn.functional.normalize` does."""
+SHORTEST = 1e-12
+"""Norm of a vector that has a direction. Smaller ones would have gradients of any size."""
 
 
 def window_attention(
@@ -135,13 +143,18 @@ def window_attention_reference(
         if logit_scale is None:
             scores = scale * (q @ k.mT)
         else:
-            q, k = F.normalize(q, dim=-1, eps=EPSILON), F.normalize(k, dim=-1, eps=EPSILON)
-            scores = logit_scale[:, None, None] * (q @ k.mT)
+            scores = logit_scale[:, None, None] * (_unit(q) @ _unit(k).mT)
         dy, dx = (axis[:, None] - axis + window - 1 for axis in (y, x))
         scores = scores + bias_table[:, dy * (2 * window - 1) + dx]
         parts.append((scores.softmax(-1).to(v.dtype) @ v).transpose(0, 1))
     out = qkv.new_zeros(qkv.shape[0], *qkv.shape[2:])
     return out.index_copy(0, torch.cat(rows), torch.cat(parts))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Vectors of length one in the directions of ``x``; zeros where there is none."""
+    norm = x.norm(dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm <= SHORTEST, torch.inf)
 
 
 def window_attention_flops(host_windows: Tensor, heads: int, head_dim: int) -> int:
@@ -237,12 +250,9 @@ def _gather(x: Tensor, rows: Tensor, patches: int) -> Tensor:
 
 
 def _inverse_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``1 / max(|x|, EPSILON)`` of the last dimension, which stays."""
-    return (
-        torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-        .clamp_min(EPSILON)
-        .reciprocal()
-    )
+    """``1 / |x|`` over the last dimension, which stays; zero for vectors without direction."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    return norm.masked_fill_(norm <= SHORTEST, torch.inf).reciprocal_()
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
@@ -323,6 +333,32 @@ def _window_attention_backward(
     if logit_scale is not None:
         grad_logit = (grad_logit / logit_scale).to(logit_scale.dtype)
     return grad_qkv, grad_bias.flatten(1).to(bias_table.dtype), grad_logit
+
+
+# The implementation in Triton. It reads the geometry on the device, and never `host_windows`.
+
+
+def _kernels_for(qkv: Tensor, bias_table: Tensor, window: int) -> ModuleType | None:
+    kernels = triton_kernels("window_attention")
+    supported = kernels is not None and kernels.supports(qkv, bias_table, window)
+    return kernels if supported else None
+
+
+@torch.library.impl(LIBRARY, "window_attention", "CUDA")
+def _window_attention_cuda(qkv, bias_table, logit_scale, windows, host_windows, window, scale):
+    if kernels := _kernels_for(qkv, bias_table, window):
+        return kernels.forward(qkv, bias_table, logit_scale, windows, window, scale)
+    return _window_attention(qkv, bias_table, logit_scale, windows, host_windows, window, scale)
+
+
+@torch.library.impl(LIBRARY, "window_attention_backward", "CUDA")
+def _window_attention_backward_cuda(
+    grad_out, qkv, bias_table, logit_scale, windows, host_windows, window, scale
+):
+    inputs = (grad_out, qkv, bias_table, logit_scale, windows)
+    if kernels := _kernels_for(qkv, bias_table, window):
+        return kernels.backward(*inputs, window, scale)
+    return _window_attention_backward(*inputs, host_windows, window, scale)
 
 
 # Shapes for tracing ---------------------------------------------------------------------------

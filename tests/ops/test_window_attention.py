@@ -277,18 +277,16 @@ def test_gradients_of_some_inputs(wanted):
 
 @every_score
 def test_queries_and_keys_of_zero_length(scores):
-    """Cosines with a zero vector are zero; gradients are those of the reference."""
+    """They have no direction: cosines and their gradients are zero."""
     case = CASES["whole-windows"]
     inputs, grad = inputs_of(case, scores)
     inputs[0][::3, 0] = 0
     inputs[0][::5, 1] = 0
     actual = forward_and_gradients(attention(case), inputs, grad)
     expected = forward_and_gradients(attention(case, backend="reference"), inputs, grad)
-    assert all(x.isfinite().all() for x in actual)
-    live = inputs[0].abs().sum(-1) > 0  # elsewhere gradients of cosines are about 1e12
-    torch.testing.assert_close(actual[0], expected[0], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(actual[1][live], expected[1][live], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(actual[2:], expected[2:], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    if scores == "cosine":
+        assert (actual[1][::3, 0] == 0).all() and (actual[1][::5, 1] == 0).all()
 
 
 @every_score
