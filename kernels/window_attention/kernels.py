@@ -54,16 +54,13 @@ def patches_of(
 def bias_of_pairs(
     p_bias,
     offset_stride,
-    KEYS_FIRST: tl.constexpr,
     WINDOW: tl.constexpr,
     SLOTS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """A head's biases ``[R, R]``: of queries by keys, or of keys by queries."""
+    """A head's biases ``[R, R]``, queries by keys."""
     o_r = tl.arange(0, SLOTS * GROUP) % SLOTS
     o_q, o_k = o_r[:, None], o_r[None, :]
-    if KEYS_FIRST:
-        o_q, o_k = o_r[None, :], o_r[:, None]
     b_dy = o_q // WINDOW - o_k // WINDOW + WINDOW - 1
     b_dx = o_q % WINDOW - o_k % WINDOW + WINDOW - 1
     m_pair = (o_q < WINDOW * WINDOW) & (o_k < WINDOW * WINDOW)
@@ -138,7 +135,7 @@ def forward(
     p_k = head_of(p_q, tl.full((), 1, tl.int32), qkv_part, ALIGN)
     p_v = head_of(p_q, tl.full((), 2, tl.int32), qkv_part, ALIGN)
     p_out += head * HEAD_DIM
-    b_bias = bias_of_pairs(p_bias + head * bias_head, bias_offset, False, WINDOW, SLOTS, GROUP)
+    b_bias = bias_of_pairs(p_bias + head * bias_head, bias_offset, WINDOW, SLOTS, GROUP)
     if COSINE:
         scale = tl.load(p_logit_scale + head).to(tl.float32)
 
@@ -177,7 +174,7 @@ def backward(
     p_logit_scale,
     p_do,
     p_dqkv,
-    p_part_bias,  # float32 [parts, heads, R, R], keys by queries
+    p_part_bias,  # float32 [parts, heads, R, R], queries by keys
     p_part_logit,  # float32 [parts, heads]
     p_windows,
     rows,
@@ -202,7 +199,8 @@ def backward(
     ALIGN_DO: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Scores are held as ``[keys, queries]``, so that only ``dq`` takes them transposed."""
+    """Scores are held as ``[queries, keys]``, where sums over keys stay within a warp; ``dv`` and
+    ``dk`` take them transposed."""
     R: tl.constexpr = SLOTS * GROUP
     part = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
@@ -214,7 +212,7 @@ def backward(
     p_dk = p_dq + heads * HEAD_DIM
     p_dv = p_dk + heads * HEAD_DIM
     step = 3 * heads * HEAD_DIM
-    b_bias = bias_of_pairs(p_bias + head * bias_head, bias_offset, True, WINDOW, SLOTS, GROUP)
+    b_bias = bias_of_pairs(p_bias + head * bias_head, bias_offset, WINDOW, SLOTS, GROUP)
     if COSINE:
         scale = tl.load(p_logit_scale + head).to(tl.float32)
 
@@ -229,32 +227,32 @@ def backward(
         b_v = load_patches(p_v, qkv_row, b_row, m_r, HEAD_DIM, BLOCK_D, ALIGN)
         b_do = load_patches(p_do, do_row, b_row, m_r, HEAD_DIM, BLOCK_D, ALIGN_DO)
 
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [R, R]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [R, R]
         if COSINE:
-            b_rq, b_rk = inverse_norm(b_q), inverse_norm(b_k)
-            b_s *= (scale * b_rk)[:, None] * b_rq[None, :]
+            b_rq, b_rk = scale * inverse_norm(b_q), inverse_norm(b_k)
+            b_s *= b_rq[:, None] * b_rk[None, :]
         else:
             b_s *= scale
-        b_p = tl.where(b_owner[:, None] == b_owner[None, :], b_s + b_bias, float("-inf"))
-        b_p = tl.exp2((b_p - tl.max(b_p, 0)[None, :]) * LOG2E)
-        b_p /= tl.sum(b_p, 0)[None, :]
-        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, input_precision=PRECISION)
+        b_s = tl.where(b_owner[:, None] == b_owner[None, :], b_s + b_bias, float("-inf"))
+        b_p = tl.exp2((b_s - tl.max(b_s, 1)[:, None]) * LOG2E)
+        b_p /= tl.sum(b_p, 1)[:, None]
+        b_dv = tl.dot(tl.trans(b_p.to(b_do.dtype)), b_do, input_precision=PRECISION)
         store_patches(p_dv, step, b_row, m_r, b_dv, HEAD_DIM, BLOCK_D)
-        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [R, R]
-        b_ds = b_p * (b_dp - tl.sum(b_p * b_dp, 0)[None, :])
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [R, R]
+        b_ds = b_p * (b_dp - tl.sum(b_p * b_dp, 1)[:, None])
         b_dbias += b_ds
         if COSINE:
-            b_g = (b_ds * ((scale * b_rk)[:, None] * b_rq[None, :])).to(b_q.dtype)
-            b_dk = tl.dot(b_g, b_q, input_precision=PRECISION)
+            b_g = (b_ds * (b_rq[:, None] * b_rk[None, :])).to(b_q.dtype)
+            b_dk = tl.dot(tl.trans(b_g), b_q, input_precision=PRECISION)
             b_dk -= along(b_dk, b_k, b_rk)[0]
-            b_dq = tl.dot(tl.trans(b_g), b_k, input_precision=PRECISION)
-            b_along, b_part = along(b_dq, b_q, b_rq)
+            b_dq = tl.dot(b_g, b_k, input_precision=PRECISION)
+            b_along, b_part = along(b_dq, b_q, b_rq / scale)
             b_dq -= b_along
             b_dlogit += b_part
         else:
             b_g = b_ds.to(b_q.dtype)
-            b_dk = tl.dot(b_g, b_q, input_precision=PRECISION) * scale
-            b_dq = tl.dot(tl.trans(b_g), b_k, input_precision=PRECISION) * scale
+            b_dk = tl.dot(tl.trans(b_g), b_q, input_precision=PRECISION) * scale
+            b_dq = tl.dot(b_g, b_k, input_precision=PRECISION) * scale
         store_patches(p_dk, step, b_row, m_r, b_dk, HEAD_DIM, BLOCK_D)
         store_patches(p_dq, step, b_row, m_r, b_dq, HEAD_DIM, BLOCK_D)
 
@@ -272,7 +270,7 @@ def backward(
 
 @triton.jit(do_not_specialize=["heads"])
 def fold_pairs(
-    p_pairs,  # float32 [heads, R, R], keys by queries
+    p_pairs,  # float32 [heads, R, R], queries by keys
     p_dbias,  # [heads, (2 WINDOW - 1)**2]
     heads,
     WINDOW: tl.constexpr,
@@ -291,7 +289,7 @@ def fold_pairs(
     m_pair = (o_q % SLOTS < WINDOW * WINDOW) & (o_t < SIDE * SIDE)[:, None]
     m_pair &= (b_y >= 0) & (b_y < WINDOW) & (b_x >= 0) & (b_x < WINDOW)
     o_k = o_q // SLOTS * SLOTS + b_y * WINDOW + b_x
-    p_pair = p_pairs + head * (R * R) + o_k * R + o_q
+    p_pair = p_pairs + head * (R * R) + o_q * R + o_k
     b_sum = tl.sum(tl.load(p_pair, mask=m_pair, other=0.0), 1)
     p_offset = p_dbias + head * (SIDE * SIDE) + o_t
     tl.store(p_offset, b_sum.to(p_dbias.dtype.element_ty), mask=o_t < SIDE * SIDE)

@@ -235,5 +235,13 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
     constants = {"WINDOW": 8, "SLOTS": 64, "GROUP": 1, "BLOCK_T": FOLDED}
     pointers = {"p_pairs": "*fp32:16", "p_dbias": "*fp32:16", "heads": "i32"}
     yield AotCase(
-        "window fold_pairs 8x8", kernels.fold_pairs, pointers, constants, 4, 3, 1024 * 16, 255, False
+        "window fold_pairs 8x8",
+        kernels.fold_pairs,
+        pointers,
+        constants,
+        4,
+        3,
+        1024 * 16,
+        255,
+        False,
     )
