@@ -338,15 +338,15 @@ def _window_attention_backward(
 # The implementation in Triton. It reads the geometry on the device, and never `host_windows`.
 
 
-def _kernels_for(qkv: Tensor, bias_table: Tensor, window: int) -> ModuleType | None:
+def _kernels_for(*inputs: Tensor | int | None) -> ModuleType | None:
+    """For a qkv, bias table, logit scale and window."""
     kernels = triton_kernels("window_attention")
-    supported = kernels is not None and kernels.supports(qkv, bias_table, window)
-    return kernels if supported else None
+    return kernels if kernels is not None and kernels.supports(*inputs) else None
 
 
 @torch.library.impl(LIBRARY, "window_attention", "CUDA")
 def _window_attention_cuda(qkv, bias_table, logit_scale, windows, host_windows, window, scale):
-    if kernels := _kernels_for(qkv, bias_table, window):
+    if kernels := _kernels_for(qkv, bias_table, logit_scale, window):
         return kernels.forward(qkv, bias_table, logit_scale, windows, window, scale)
     return _window_attention(qkv, bias_table, logit_scale, windows, host_windows, window, scale)
 
@@ -356,7 +356,7 @@ def _window_attention_backward_cuda(
     grad_out, qkv, bias_table, logit_scale, windows, host_windows, window, scale
 ):
     inputs = (grad_out, qkv, bias_table, logit_scale, windows)
-    if kernels := _kernels_for(qkv, bias_table, window):
+    if kernels := _kernels_for(qkv, bias_table, logit_scale, window):
         return kernels.backward(*inputs, window, scale)
     return _window_attention_backward(*inputs, host_windows, window, scale)
 

@@ -40,10 +40,14 @@ def patches_of(
 ):
     """Rows of the stream, int64 ``[R]``, and each row's window in the block; ``GROUP``: absent."""
     o_r = tl.arange(0, SLOTS * GROUP)
-    b_member = o_r // SLOTS
     b_y, b_x = o_r % SLOTS // WINDOW, o_r % SLOTS % WINDOW
-    # The window after the last has no patches, and stands for all that would follow.
-    p_window = p_windows + tl.minimum(block * GROUP + b_member, num_windows) * 4
+    if GROUP == 1:
+        p_window = p_windows + block * 4
+        b_member = 0
+    else:
+        # The window after the last has no patches, and stands for all that would follow.
+        b_member = o_r // SLOTS
+        p_window = p_windows + tl.minimum(block * GROUP + b_member, num_windows) * 4
     b_row = tl.load(p_window).to(tl.int64)
     b_pitch, b_height, b_width = tl.load(p_window + 1), tl.load(p_window + 2), tl.load(p_window + 3)
     m_r = (b_y < b_height) & (b_x < b_width)
@@ -239,21 +243,24 @@ def backward(
         b_dv = tl.dot(tl.trans(b_p.to(b_do.dtype)), b_do, input_precision=PRECISION)
         store_patches(p_dv, step, b_row, m_r, b_dv, HEAD_DIM, BLOCK_D)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [R, R]
-        b_ds = b_p * (b_dp - tl.sum(b_p * b_dp, 1)[:, None])
+        b_dp *= b_p
+        b_ds = b_dp - b_p * tl.sum(b_dp, 1)[:, None]
         b_dbias += b_ds
         if COSINE:
             b_g = (b_ds * (b_rq[:, None] * b_rk[None, :])).to(b_q.dtype)
             b_dk = tl.dot(tl.trans(b_g), b_q, input_precision=PRECISION)
             b_dk -= along(b_dk, b_k, b_rk)[0]
-            b_dq = tl.dot(b_g, b_k, input_precision=PRECISION)
+        else:
+            b_g = b_ds.to(b_q.dtype)
+            b_dk = tl.dot(tl.trans(b_g), b_q, input_precision=PRECISION) * scale
+        store_patches(p_dk, step, b_row, m_r, b_dk, HEAD_DIM, BLOCK_D)
+        b_dq = tl.dot(b_g, b_k, input_precision=PRECISION)
+        if COSINE:
             b_along, b_part = along(b_dq, b_q, b_rq / scale)
             b_dq -= b_along
             b_dlogit += b_part
         else:
-            b_g = b_ds.to(b_q.dtype)
-            b_dk = tl.dot(tl.trans(b_g), b_q, input_precision=PRECISION) * scale
-            b_dq = tl.dot(b_g, b_k, input_precision=PRECISION) * scale
-        store_patches(p_dk, step, b_row, m_r, b_dk, HEAD_DIM, BLOCK_D)
+            b_dq *= scale
         store_patches(p_dq, step, b_row, m_r, b_dq, HEAD_DIM, BLOCK_D)
 
     place = part.to(tl.int64) * heads + head

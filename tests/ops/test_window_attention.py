@@ -38,11 +38,11 @@ class Windows(NamedTuple):
         return [slice(*ends) for ends in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-RAGGED = [(5, 17), (8, 8), (1, 1), (0, 3), (13, 4), (2, 40)]
+RAGGED = [(5, 11), (8, 8), (1, 1), (0, 3), (9, 4), (2, 17)]
 CASES = {
     "whole-windows": Windows.of([(8, 16), (16, 8)], 8),
-    "shifted": Windows.of([(16, 16)] * 2, 8, 4),
-    "shifted-in-height": Windows.of([(64, 8)], 4, (2, 0)),
+    "shifted": Windows.of([(16, 16)], 8, 4),
+    "shifted-in-height": Windows.of([(16, 8)], 4, (2, 0)),
     "ragged": Windows.of(RAGGED, 4),
     "ragged-shifted": Windows.of(RAGGED, 4, 2),
     "odd-window": Windows.of(RAGGED, 7, (3, 5)),
@@ -50,7 +50,7 @@ CASES = {
     "window-of-one": Windows.of([(3, 2), (1, 4)], 1),
     "empty-clips": Windows.of([(0, 4), (6, 5), (4, 0)], 4, 2),
     "all-empty": Windows.of([(0, 4)], 4),
-    "budget": Windows.of(RAGGED, 4, 2, WindowBudget(300, 80)),
+    "budget": Windows.of(RAGGED, 4, 2, WindowBudget(300, 50)),
     "budget-full": Windows.of([(8, 8)], 4, 0, WindowBudget(64, 4)),
     "budget-unused": Windows.of([], 4, 2, WindowBudget(10, 3)),
 }
