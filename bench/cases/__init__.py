@@ -1,6 +1,13 @@
 """The benchmarks. Importing this package registers them."""
 
-from bench.cases import elastic_ast, mel_filterbank, memory, packed_attention, segment_pool
+from bench.cases import (
+    elastic_ast,
+    mel_filterbank,
+    memory,
+    packed_attention,
+    segment_pool,
+    window_attention,
+)
 from fastast.models.vit import TRUNK_SIZES
 
 __all__ = [
@@ -10,4 +17,5 @@ __all__ = [
     "memory",
     "packed_attention",
     "segment_pool",
+    "window_attention",
 ]

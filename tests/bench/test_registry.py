@@ -22,6 +22,7 @@ def test_the_three_groups_are_registered():
         "ops/mel_filterbank",
         "ops/packed_attention",
         "ops/segment_pool",
+        "ops/window_attention",
         "e2e/elastic_ast",
         "memory/elastic_ast",
     }
