@@ -42,7 +42,7 @@ are zero in the output and in the gradient of ``qkv``, and never read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -177,22 +177,28 @@ LIBRARY.define(
     " -> (Tensor grad_qkv, Tensor grad_bias_table, Tensor grad_logit_scale)"
 )
 
-CHUNK = 1 << 18
-"""Scores computed at a time: with what is made of them, they stay in the second-level cache."""
+CHUNK = 1 << 17
+"""Scores computed at a time: half a megabyte, of which the second-level cache holds a few."""
 
 
-class Chunk(NamedTuple):
-    """Neighbouring windows of one shape, ``height x width`` patches each."""
+class Shape(NamedTuple):
+    """The windows of ``height x width`` patches, which are neighbours in the table."""
 
     windows: slice
     height: int
     width: int
 
-    def rows(self, windows: Tensor) -> Tensor:
-        """Rows of the stream: ``[windows * patches]``, on the table's device."""
+    @property
+    def patches(self) -> int:
+        return self.height * self.width
+
+    def chunks(self, windows: Tensor, heads: int) -> Sequence[Tensor]:
+        """Rows ``[windows * patches]`` of the stream, on the table's device, in parts of about
+        ``CHUNK`` scores."""
         first, pitch = windows[self.windows, :2].to(torch.int64)[:, :, None, None].unbind(1)
         y, x = _coordinates(self.height, self.width, windows.device)
-        return (first + y * pitch + x).flatten()
+        step = max(1, CHUNK // (heads * self.patches**2))
+        return (first + y * pitch + x).flatten().split(step * self.patches)
 
 
 def _coordinates(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -201,31 +207,28 @@ def _coordinates(height: int, width: int, device: torch.device) -> tuple[Tensor,
     return y[:, None].expand(height, width), x.expand(height, width)
 
 
-def _chunks(host_windows: Tensor, heads: int) -> Iterator[list[Chunk]]:
-    """The windows with patches, by shape, in chunks of about ``CHUNK`` scores."""
+def _shapes(host_windows: Tensor) -> Iterator[Shape]:
+    """The windows with patches, by shape."""
     shapes, counts = torch.unique_consecutive(host_windows[:, 2:], dim=0, return_counts=True)
     begin = 0
     for (height, width), count in zip(shapes.tolist(), counts.tolist(), strict=True):
-        if patches := height * width:
-            step = max(1, CHUNK // (heads * patches * patches))
-            yield [
-                Chunk(slice(first, min(first + step, begin + count)), height, width)
-                for first in range(begin, begin + count, step)
-            ]
+        if height * width:
+            yield Shape(slice(begin, begin + count), height, width)
         begin += count
 
 
-def _bias(bias_table: Tensor, window: int, height: int, width: int) -> Tensor:
+def _bias(bias_table: Tensor, window: int, shape: Shape) -> Tensor:
     """The biases between the patches of a window of some shape: ``[heads, patches, patches]``."""
-    y, x = (axis.flatten() for axis in _coordinates(height, width, bias_table.device))
+    y, x = (axis.flatten() for axis in _coordinates(shape.height, shape.width, bias_table.device))
     dy, dx = (axis[:, None] - axis + window - 1 for axis in (y, x))
     index = (dy * (2 * window - 1) + dx).flatten()
-    return bias_table.index_select(1, index).unflatten(1, (height * width, height * width))
+    return bias_table.index_select(1, index).unflatten(1, (shape.patches, shape.patches))
 
 
-def _add_offsets(total: Tensor, grad: Tensor, height: int, width: int) -> None:
+def _add_offsets(total: Tensor, grad: Tensor, shape: Shape) -> None:
     """Adds gradients of pairs ``[heads, patches, patches]`` to those of their offsets ``total
     [heads, 2 window - 1, 2 window - 1]``, in a fixed order on every device."""
+    _, height, width = shape
     pairs = grad.unflatten(2, (height, width)).unflatten(1, (height, width))
     by_x = _sum_diagonals(pairs.transpose(2, 3))  # [heads, y, y', 2 width - 1]
     by_offset = _sum_diagonals(by_x.permute(0, 3, 1, 2)).transpose(1, 2)
@@ -245,8 +248,22 @@ def _sum_diagonals(x: Tensor) -> Tensor:
 
 
 def _gather(x: Tensor, rows: Tensor, patches: int) -> Tensor:
-    """Rows of a stream as ``[windows, patches, ...]``."""
-    return x.index_select(0, rows).unflatten(0, (-1, patches))
+    """Rows ``[..., heads, dim]`` of a stream as ``[..., windows, heads, patches, dim]``."""
+    return x.index_select(0, rows).unflatten(0, (-1, patches)).movedim((0, 1), (-4, -2))
+
+
+def _scatter(x: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Writes what :func:`_gather` reads."""
+    x.index_copy_(0, rows, values.movedim((-4, -2), (0, 1)).flatten(0, 1))
+
+
+def _matmul(a: Tensor, b: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """``scale * a @ b`` for each window and head; the scale costs no pass of its own."""
+    if out is None:
+        out = a.new_empty(*a.shape[:-1], b.shape[-1])
+    flat = out.flatten(0, 1)
+    torch.baddbmm(flat, a.flatten(0, 1), b.flatten(0, 1), beta=0, alpha=scale, out=flat)
+    return out
 
 
 def _inverse_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -269,31 +286,50 @@ def _check_rows(qkv: Tensor, host_windows: Tensor) -> None:
 def _window_attention(qkv, bias_table, logit_scale, windows, host_windows, window, scale):
     _check_rows(qkv, host_windows)
     rows, _, heads, dim = qkv.shape
-    dtype = _sum_dtype(qkv)
     out = qkv.new_empty(rows, heads, dim)
-    for chunks in _chunks(host_windows, heads):
-        height, width = chunks[0].height, chunks[0].width
-        bias = _bias(bias_table.to(dtype), window, height, width)
-        for chunk in chunks:
-            index = chunk.rows(windows)
-            q, k, v = _gather(qkv, index, height * width).permute(2, 0, 3, 1, 4)
-            weights = _weights(q, k, bias, logit_scale, scale)[0]
-            part = (weights.to(v.dtype) @ v).transpose(1, 2)  # [windows, patches, heads, dim]
-            out.index_copy_(0, index, part.flatten(0, 1))
+    for shape in _shapes(host_windows):
+        bias = _bias(bias_table.to(_sum_dtype(qkv)), window, shape)
+        for index in shape.chunks(windows, heads):
+            q, k, v = _gather(qkv, index, shape.patches)
+            _scatter(out, index, _attend(q, k, v, bias, logit_scale, scale))
     out[int(host_windows[-1, 0]) :].zero_()
     return out
 
 
-def _weights(q, k, bias, logit_scale, scale):
-    """Softmax weights ``[windows, heads, patches, patches]`` and, of cosines, the factors and
-    scores without bias."""
-    scores = (q @ k.mT).to(bias.dtype)
-    factor = scale
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, logit_scale: Tensor | None, scale: float
+) -> Tensor:
+    """The output of windows ``[windows, heads, patches, dim]``, in some layout."""
+    if q.device.type != "cpu" or q.dtype.itemsize < 4:
+        # PyTorch's flash attention for CPUs is slow in low precision.
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        return _weights(q, k, bias, logit_scale, scale)[0].to(v.dtype) @ v
     if logit_scale is not None:
-        norms = (_inverse_norm(x, bias.dtype) for x in (q, k))
-        factor = logit_scale.to(bias.dtype)[:, None, None] * next(norms) * next(norms).mT
-    scores.mul_(factor)
-    return (scores + bias).softmax(-1), factor, scores
+        q = q * (_inverse_norm(q, q.dtype) * logit_scale.to(q.dtype)[:, None, None])
+        k, scale = k * _inverse_norm(k, k.dtype), 1.0
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(q, k, v, 0.0, False, attn_mask=bias[None], scale=scale)[0]
+
+
+def _weights(
+    q: Tensor, k: Tensor, bias: Tensor, logit_scale: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax weights ``[windows, heads, patches, patches]``; of cosines, also what multiplies the
+    products of queries and keys."""
+    if logit_scale is None:
+        return _matmul(q, k.mT, scale).to(bias.dtype).add_(bias).softmax(-1), None
+    norms = _inverse_norm(q, bias.dtype), _inverse_norm(k, bias.dtype)
+    factor = logit_scale.to(bias.dtype)[:, None, None] * norms[0] * norms[1].mT
+    return torch.addcmul(bias, (q @ k.mT).to(bias.dtype), factor).softmax(-1), factor
+
+
+def _subtract_along(grad: Tensor, x: Tensor) -> Tensor:
+    """Takes the part along each ``x`` out of a gradient, in place; returns their products, summed
+    over windows and patches: the gradient ``[heads]`` of a factor of ``x``."""
+    dtype = _sum_dtype(x)
+    product = (grad.to(dtype) * x).sum(-1, keepdim=True)
+    grad -= x * (product * _inverse_norm(x, dtype).square_())
+    return product.sum((0, 2, 3))
 
 
 @torch.library.impl(LIBRARY, "window_attention_backward", ANY_DEVICE)
@@ -304,31 +340,30 @@ def _window_attention_backward(
     grad_qkv = qkv.new_empty(qkv.shape)
     grad_bias = qkv.new_zeros(heads, 2 * window - 1, 2 * window - 1, dtype=dtype)
     grad_logit = qkv.new_zeros(0 if logit_scale is None else heads, dtype=dtype)
-    for chunks in _chunks(host_windows, heads):
-        height, width = chunks[0].height, chunks[0].width
-        patches = height * width
-        bias = _bias(bias_table.to(dtype), window, height, width)
+    for shape in _shapes(host_windows):
+        bias = _bias(bias_table.to(dtype), window, shape)
         pairs = torch.zeros_like(bias)
-        for chunk in chunks:
-            index = chunk.rows(windows)
-            q, k, v = _gather(qkv, index, patches).permute(2, 0, 3, 1, 4)
-            grad = _gather(grad_out, index, patches).transpose(1, 2)
-            weights, factor, scores = _weights(q, k, bias, logit_scale, scale)
+        for index in shape.chunks(windows, heads):
+            # Dense, for matmuls would copy an operand each time that it is used.
+            parts = _gather(qkv, index, shape.patches).contiguous()
+            q, k, v = parts
+            grad = _gather(grad_out, index, shape.patches).contiguous()
+            weights, factor = _weights(q, k, bias, logit_scale, scale)
             ds = torch._softmax_backward_data((grad @ v.mT).to(dtype), weights, -1, dtype)
             pairs += ds.sum(0)
-            part = q.new_empty(q.shape[0], patches, 3, heads, q.shape[-1])
-            dq, dk, dv = part.permute(2, 0, 3, 1, 4)
-            torch.matmul(weights.to(grad.dtype).mT, grad, out=dv)
-            g = (ds * factor).to(q.dtype)
-            torch.matmul(g, k, out=dq)
-            torch.matmul(g.mT, q, out=dk)
-            if logit_scale is not None:
-                ds *= scores
-                dq -= q * (ds.sum(-1, keepdim=True) * _inverse_norm(q, dtype) ** 2)
-                dk -= k * (ds.sum(-2)[..., None] * _inverse_norm(k, dtype) ** 2)
-                grad_logit += ds.sum((0, 2, 3))
-            grad_qkv.index_copy_(0, index, part.flatten(0, 1))
-        _add_offsets(grad_bias, pairs, height, width)
+            grads = torch.empty_like(parts)
+            dq, dk, dv = grads
+            _matmul(weights.to(grad.dtype).mT, grad, out=dv)
+            if factor is not None:
+                ds, scale = ds.mul_(factor), 1.0
+            ds = ds.to(q.dtype)
+            _matmul(ds, k, scale, out=dq)
+            _matmul(ds.mT, q, scale, out=dk)
+            if factor is not None:
+                grad_logit += _subtract_along(dq, q)
+                _subtract_along(dk, k)
+            _scatter(grad_qkv, index, grads)
+        _add_offsets(grad_bias, pairs, shape)
     grad_qkv[int(host_windows[-1, 0]) :].zero_()
     if logit_scale is not None:
         grad_logit = (grad_logit / logit_scale).to(logit_scale.dtype)
