@@ -34,8 +34,8 @@ def inputs_of(rows, offsets, scores, dtype=torch.bfloat16, head_dim=DIM, heads=H
 def ragged_grids(window, seed, budget=BUDGET):
     """Sizes that fit the budget, different for every seed."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = torch.randint(0, 17, (int(torch.randint(1, 9, (), generator=generator)), 2))
-    sizes = torch.randint(0, 14, tuple(sizes.shape), generator=generator)
+    clips = int(torch.randint(1, 9, (), generator=generator))
+    sizes = torch.randint(0, 14, (clips, 2), generator=generator)
     return WindowGrids.from_sizes(sizes.numpy(), window, window // 2, budget)
 
 
@@ -83,7 +83,11 @@ def test_head_sizes(name, head_dim, scores):
 @every_window
 @every_score
 def test_one_compilation_for_ragged_batches(window, scores):
-    from fastast.kernels.window_attention import kernels
+    from fastast.kernels.window_attention import kernels, supports
+
+    (qkv, *parameters), _ = inputs_of(1, (2 * window - 1) ** 2, scores)
+    if not supports(qkv, *(*parameters, None)[:2], window):
+        pytest.skip("left to PyTorch on this architecture")
 
     def compiled():
         return [
