@@ -14,7 +14,7 @@
 #   FASTAST_COMMIT   names the commit where the tree is a copy without git
 set -uo pipefail
 cd "$(dirname "$0")/.."
-export OUT="${OUT:-bench/results}" PYTHONUNBUFFERED=1
+export OUT="${OUT:-bench/results}" PYTHONUNBUFFERED=1 FASTAST_GPU_KERNELS="${FASTAST_GPU_KERNELS:-all}"
 PYTHON="${PYTHON:-python3}"
 SECONDS_PER_STAGE=480
 ALL=(build import tests ops e2e memory sanitizer)
