@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastast.data.frames import samples_for
 from fastast.ops.mel_filterbank import frame_counts
+from fastast.ops.mel_plan import Padding
 from fastast.segments import Segments, TokenBudget
 from fastast.tokens import PatchGeometry, PatchGrid
 
@@ -79,11 +80,17 @@ class BatchBudget:
 
     @classmethod
     def for_dense(
-        cls, tokens: TokenBudget, dense_frames: int, *, window: int, max_frame_shift: int
+        cls,
+        tokens: TokenBudget,
+        dense_frames: int,
+        *,
+        window: int,
+        max_frame_shift: int,
+        padding: Padding = Padding.NONE,
     ) -> BatchBudget:
         """The least sizes for batches of :attr:`Batch.dense_frames`; arguments as above."""
         frames = TokenBudget(tokens.clips * dense_frames, tokens.clips, dense_frames)
-        samples = tokens.clips * samples_for(dense_frames, window, max_frame_shift)
+        samples = tokens.clips * samples_for(dense_frames, window, max_frame_shift, padding)
         return cls(tokens, frames, samples)
 
 
@@ -212,10 +219,14 @@ class Clip:
 
 
 def padded_samples(
-    num_samples: int | np.ndarray, min_frames: int, window: int, frame_shift: int | np.ndarray
+    num_samples: int | np.ndarray,
+    min_frames: int,
+    window: int,
+    frame_shift: int | np.ndarray,
+    padding: Padding = Padding.NONE,
 ) -> int | np.ndarray:
     """Samples of a clip after it is extended to ``min_frames``, see :func:`collate`."""
-    return np.maximum(num_samples, samples_for(min_frames, window, frame_shift))[()]
+    return np.maximum(num_samples, samples_for(min_frames, window, frame_shift, padding))[()]
 
 
 def collate(
@@ -224,6 +235,7 @@ def collate(
     *,
     window: int,
     sample_rate: int,
+    padding: Padding = Padding.NONE,
     epoch: int = 0,
     budget: BatchBudget | None = None,
     dense_frames: int | None = None,
@@ -244,6 +256,7 @@ def collate(
         geometry: how spectrograms are cut into patches.
         window: of a frame, in samples.
         sample_rate: in Hz.
+        padding: where the filterbank's frames lie.
         epoch: goes into the batch.
         budget: fixes all shapes; its ``tokens.clips`` is S. Default: exact sizes.
         dense_frames: see :attr:`Batch.dense_frames`.
@@ -258,7 +271,7 @@ def collate(
     shifts = np.array([clip.frame_shift for clip in clips], np.int32)
     real = np.array([len(clip.waveform) for clip in clips], np.int64)
     min_frames = 1 if dense_frames else geometry.min_frames()
-    lengths = padded_samples(real, min_frames, window, shifts)
+    lengths = padded_samples(real, min_frames, window, shifts, padding)
     total = int(lengths.sum())
     capacity = budget.samples if budget else total
     num_segments = budget.tokens.clips if budget else len(clips)
@@ -268,7 +281,7 @@ def collate(
             "raise BatchBudget.samples or put fewer clips into a batch"
         )
     frames = Segments.from_lengths(
-        frame_counts(lengths, window, shifts), budget.frames if budget else None
+        frame_counts(lengths, window, shifts, padding), budget.frames if budget else None
     )
     # Where the patches are cut from: the frame stream, or the dense tensor as a stream.
     source = [dense_frames] * len(clips) if dense_frames else frames.host_offsets.diff().tolist()

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from fastast.ops.mel_plan import Padding
+
 COMPRESSION_RATES = tuple(round(1 + 0.2 * step, 1) for step in range(16))
 """C in {1.0, 1.2, ..., 4.0}: ElasticAST's mixed-resolution training (section 3.4)."""
 
@@ -22,9 +24,18 @@ def mixed_frame_shifts(
     return tuple(round(base_ms * rate, 6) for rate in rates)
 
 
-def samples_for(frames: int, window: int, frame_shift: int | np.ndarray) -> int | np.ndarray:
+def samples_for(
+    frames: int,
+    window: int,
+    frame_shift: int | np.ndarray,
+    padding: Padding = Padding.NONE,
+) -> int | np.ndarray:
     """The fewest samples that have so many frames (at least one); all else in samples.
 
     The inverse of :func:`fastast.ops.mel_filterbank.frame_counts`.
     """
-    return (frames - 1) * frame_shift + window
+    if padding == Padding.NONE:
+        return (frames - 1) * frame_shift + window
+    if padding == Padding.KALDI:
+        return frames * frame_shift - frame_shift // 2
+    return np.maximum((frames - 1) * frame_shift, 1)[()]

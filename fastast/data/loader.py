@@ -179,9 +179,11 @@ class _BatchMaker:
 
     def __init__(self, planner: Planner, sizes: BatchBudget | None, bad_files: str) -> None:
         self.dataset, self.geometry = planner.dataset, planner.geometry
-        self.window, self.dense_frames = planner.window, planner.dense_frames
+        self.window, self.padding = planner.window, planner.padding
+        self.dense_frames = planner.dense_frames
         self.token_drop, self.seed = planner.token_drop, planner.seed
         self.mixing = planner.mixup is not None
+        self.mix_targets = planner.mixup is not None and planner.mixup.targets
         self.shortest_shift = int(planner.frame_shifts.min())
         self.sizes = sizes
         self.skip_bad = bad_files == "skip"
@@ -198,6 +200,7 @@ class _BatchMaker:
             self.geometry,
             window=self.window,
             sample_rate=self.dataset.sample_rate,
+            padding=self.padding,
             epoch=order.epoch,
             budget=self.sizes,
             dense_frames=self.dense_frames,
@@ -226,7 +229,8 @@ class _BatchMaker:
         # One that cannot be read is listed when its own turn comes.
         if partner >= 0 and (other := self._read(partner, [])) is not None:
             share = float(order.mix_weight[index])
-            clip.target.mul_(share).add_(self._target(partner), alpha=1 - share)
+            if self.mix_targets:
+                clip.target.mul_(share).add_(self._target(partner), alpha=1 - share)
             return replace(clip, partner=other[:num_samples], mix_weight=share)
         return clip
 

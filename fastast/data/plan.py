@@ -20,6 +20,7 @@ from fastast.data.frames import samples_for
 from fastast.data.packing import pack
 from fastast.data.sampling import Crop, Mixup, Sampler
 from fastast.ops.mel_filterbank import frame_counts, hop_from_ms
+from fastast.ops.mel_plan import Padding
 from fastast.random import random_below, random_bits
 from fastast.segments import TokenBudget
 from fastast.tokens import PatchGeometry, kept_patches
@@ -140,6 +141,7 @@ class Planner:
         geometry: how spectrograms are cut into patches.
         budget: tokens and clips of a batch, and tokens of the longest clip.
         window: of a frame, in samples.
+        padding: where the filterbank's frames lie.
         frame_shift_ms: of the frames. Given several, every visit draws one
             (mixed-resolution training, ElasticAST section 3.4): see
             :func:`~fastast.data.mixed_frame_shifts`.
@@ -168,6 +170,7 @@ class Planner:
         *,
         budget: TokenBudget,
         window: int,
+        padding: Padding = Padding.NONE,
         frame_shift_ms: float | Sequence[float] = 10.0,
         max_seconds: float | None = None,
         crop: Crop | None = None,
@@ -182,6 +185,7 @@ class Planner:
         self.geometry = geometry
         self.budget = budget
         self.window = window
+        self.padding = padding
         self.max_seconds = max_seconds
         self.crop = crop
         self.dense_frames = dense_frames
@@ -223,7 +227,11 @@ class Planner:
         longest_shift = int(self.frame_shifts.max())
         if self.dense_frames is not None:
             return BatchBudget.for_dense(
-                self.budget, self.dense_frames, window=self.window, max_frame_shift=longest_shift
+                self.budget,
+                self.dense_frames,
+                window=self.window,
+                max_frame_shift=longest_shift,
+                padding=self.padding,
             )
         return BatchBudget.for_tokens(
             self.budget,
@@ -293,7 +301,7 @@ class Planner:
             most = int(self.max_seconds * self.dataset.sample_rate)
             num_samples = np.minimum(num_samples, most)
         if self.dense_frames is not None:
-            most = samples_for(self.dense_frames, self.window, frame_shift)
+            most = samples_for(self.dense_frames, self.window, frame_shift, self.padding)
             num_samples = np.minimum(num_samples, most)
         return num_samples
 
@@ -303,8 +311,8 @@ class Planner:
             frames = np.full(len(num_samples), self.dense_frames)
         else:
             least = self.geometry.min_frames()
-            padded = padded_samples(num_samples, least, self.window, frame_shift)
-            frames = frame_counts(padded, self.window, frame_shift)
+            padded = padded_samples(num_samples, least, self.window, frame_shift, self.padding)
+            frames = frame_counts(padded, self.window, frame_shift, self.padding)
         return self.geometry.freq_patches * self.geometry.time_patches(frames)
 
     def _num_tokens(self, patches: np.ndarray | int) -> np.ndarray | int:

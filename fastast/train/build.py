@@ -20,7 +20,7 @@ from fastast.frontend import MelFrontend
 from fastast.methods import Supervised
 from fastast.models import create_model
 from fastast.nn import MelFilterbank
-from fastast.ops.mel_filterbank import frame_counts, hop_from_ms
+from fastast.ops.mel_filterbank import hop_from_ms
 from fastast.segments import TokenBudget
 from fastast.tokens import PatchGeometry
 from fastast.train.recipe import DataConfig, Recipe
@@ -79,13 +79,21 @@ def load_data(config: DataConfig, parts: Collection[str] = PARTS) -> Splits:
 
 def build_filterbank(recipe: Recipe) -> MelFilterbank:
     """The filterbank of a recipe."""
-    front = recipe.frontend
+    front, rate = recipe.frontend, recipe.data.sample_rate
+    band = {"low_freq": front.low_freq, "high_freq": front.high_freq}
+    length = (
+        {"window_length": hop_from_ms(front.frame_length_ms, rate)}
+        if front.preset == "htsat"
+        else {"frame_length_ms": front.frame_length_ms}
+    )
     return MelFilterbank(
-        recipe.data.sample_rate,
+        rate,
         front.num_mels,
-        frame_length_ms=front.frame_length_ms,
+        preset=front.preset,
         mean=front.mean,
         std=front.std,
+        **length,
+        **{name: freq for name, freq in band.items() if freq is not None},
     )
 
 
@@ -118,6 +126,11 @@ def build_method(recipe: Recipe, num_classes: int, *, multi_label: bool = False)
         if front.fixed_seconds is None:
             raise ValueError(f"{name} has a fixed input length: set frontend.fixed_seconds")
         settings["input_frames"] = fixed_frames(recipe, front.fixed_seconds, finest_shift(recipe))
+    if name.startswith("hts_at_") and front.fixed_seconds is not None:
+        raise ValueError(
+            f"{name} takes clips of any length: leave frontend.fixed_seconds out, and take parts "
+            "of clips with augment.crop_seconds or data.max_seconds"
+        )
     try:
         model = create_model(name, num_classes=num_classes, num_mels=front.num_mels, **settings)
     except TypeError as error:  # such as "got an unexpected keyword argument 'stride'"
@@ -128,11 +141,20 @@ def build_method(recipe: Recipe, num_classes: int, *, multi_label: bool = False)
         gain_db=augment.gain_db,
         freq_mask=augment.freq_mask,
         time_mask=augment.time_mask,
+        num_freq_masks=augment.num_freq_masks,
+        num_time_masks=augment.num_time_masks,
         noise=augment.noise,
         roll_frames=augment.roll_frames,
+        fill=0.0 if front.preset == "htsat" else None,
         seed=recipe.train.seed,
     )
-    return Supervised(model, frontend, loss=loss, label_smoothing=recipe.train.label_smoothing)
+    return Supervised(
+        model,
+        frontend,
+        loss=loss,
+        label_smoothing=recipe.train.label_smoothing,
+        seed=recipe.train.seed,
+    )
 
 
 def finest_shift(recipe: Recipe) -> float:
@@ -144,12 +166,7 @@ def fixed_frames(recipe: Recipe, seconds: float, frame_shift_ms: float) -> int:
     """Frames of a clip of so many seconds."""
     rate = recipe.data.sample_rate
     shift = hop_from_ms(frame_shift_ms, rate)
-    return int(frame_counts(int(seconds * rate), window_length(recipe), shift))
-
-
-def window_length(recipe: Recipe) -> int:
-    """Samples of a frame."""
-    return hop_from_ms(recipe.frontend.frame_length_ms, recipe.data.sample_rate)
+    return build_filterbank(recipe).plan.num_frames(int(seconds * rate), shift)
 
 
 def make_loader(
@@ -197,6 +214,7 @@ def make_loader(
                 "a fixed input size has one time resolution"
             )
         dense_frames = fixed_frames(recipe, seconds or front.fixed_seconds, shifts[0])
+    plan = build_filterbank(recipe).plan
     limit = recipe.data.max_seconds if seconds is None else seconds
     tokens = train.batch_tokens
     crop = mixup = None
@@ -205,20 +223,20 @@ def make_loader(
         if augment.crop_seconds is not None:
             crop = Crop(tuple(augment.crop_seconds), augment.crop)
         if augment.mixup:
-            mixup = Mixup(augment.mixup, augment.mixup_alpha)
+            mixup = Mixup(augment.mixup, augment.mixup_alpha, augment.mixup_targets)
         sampler = Sampler(balance=recipe.data.balance, clips=recipe.data.clips_per_epoch)
     else:  # whatever was trained on, any clip can be evaluated
         rate = recipe.data.sample_rate
         samples = int(max(dataset.lengths))
         samples = samples if limit is None else min(samples, int(limit * rate))
-        hop = hop_from_ms(shifts[0], rate)
-        frames = dense_frames or int(frame_counts(samples, window_length(recipe), hop))
+        frames = dense_frames or plan.num_frames(samples, hop_from_ms(shifts[0], rate))
         tokens = max(tokens, geometry.num_tokens(max(frames, geometry.min_frames())))
     planner = Planner(
         dataset,
         geometry,
         budget=TokenBudget(tokens, train.batch_clips, tokens),
-        window=window_length(recipe),
+        window=plan.window_length,
+        padding=plan.padding,
         frame_shift_ms=shifts,
         max_seconds=limit,
         crop=crop,

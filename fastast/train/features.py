@@ -12,7 +12,7 @@ import numpy as np
 
 from fastast.data import AudioError, LeftOut, read_audio
 from fastast.ops import hop_from_ms
-from fastast.train.build import build_filterbank, finest_shift, window_length
+from fastast.train.build import build_filterbank, finest_shift
 from fastast.train.recipe import Recipe
 
 
@@ -56,11 +56,12 @@ def extract_features(
         except AudioError as error:
             yield LeftOut(path, error.what)
             continue
-        if len(waveform) < window_length(recipe):
+        shift = hop_from_ms(shift_ms, rate)
+        if filterbank.plan.num_frames(len(waveform), shift) == 0:
             seconds = len(waveform) / rate
             yield LeftOut(path, f"lasts {1000 * seconds:.3g} ms, less than a frame")
             continue
-        frames = filterbank([waveform], frame_shift=hop_from_ms(shift_ms, rate)).frames
+        frames = filterbank([waveform], frame_shift=shift).frames
         yield Features(path, frames.numpy(), shift_ms, rate)
 
 
