@@ -7,7 +7,7 @@ A file holds ``rows`` and the ``runs`` they come from. A row says what was measu
     tokens, flops               that the contender computes, padding included (bench.flops)
     bytes                       of inputs, outputs and gradients, each once per pass
     saved_bytes                 kept for the backward (bench.memory)
-    peak_bytes                  of the allocator during a step, on a GPU
+    peak_bytes                  of the allocator during a step, on a GPU; of a process (bench.peak)
     error                       largest relative error against the float64 reference
     ours_over_this              our median, FLOPs and bytes over this contender's
     unchecked                   why it is not compared with the reference

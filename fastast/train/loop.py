@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastast.data import AudioDataset, AudioError, Batch
-from fastast.ops import hop_from_ms
+from fastast.ops import dither_keys, hop_from_ms
 from fastast.random import random_bits
 from fastast.train.averaging import EMA, EpochMean, average_files
 from fastast.train.build import (
@@ -103,6 +103,8 @@ def pick_workers(config: TrainConfig, device: torch.device, local_ranks: int) ->
 def measure_statistics(recipe: Recipe, dataset: AudioDataset, clips: int = 500) -> Recipe:
     """Fills in ``frontend.mean`` and ``frontend.std`` from some of the clips, if missing.
 
+    They are of what is trained on, so with dither where there is any.
+
     Raises:
         ValueError: only one of the two is set, or the clips hold no frame or no sound.
     """
@@ -113,7 +115,8 @@ def measure_statistics(recipe: Recipe, dataset: AudioDataset, clips: int = 500) 
         raise ValueError("set both frontend.mean and frontend.std, or neither")
     filterbank = build_filterbank(recipe)
     shift = hop_from_ms(finest_shift(recipe), recipe.data.sample_rate)
-    keys = random_bits(0, 0, torch.from_numpy(dataset.clip_ids), "statistics", 1)[:, 0]
+    clip_ids = torch.from_numpy(dataset.clip_ids)
+    keys = random_bits(0, 0, clip_ids, "statistics", 1)[:, 0]
     count, total, squares = 0, 0.0, 0.0
     for index in keys.argsort()[:clips].tolist():
         try:
@@ -122,7 +125,8 @@ def measure_statistics(recipe: Recipe, dataset: AudioDataset, clips: int = 500) 
             if recipe.data.bad_files == "stop":
                 raise
             continue
-        frames = filterbank([waveform], frame_shift=shift).frames.double()
+        noise = dither_keys(0, 0, clip_ids[index, None])
+        frames = filterbank([waveform], frame_shift=shift, dither_keys=noise).frames.double()
         count += frames.numel()
         total += frames.sum().item()
         squares += frames.square().sum().item()
@@ -163,6 +167,7 @@ class _Training:
             started = Recipe.from_dict(state["recipe"])
             check_same_recipe(started, recipe, run)
             recipe = replace(recipe, frontend=started.frontend)  # with the statistics measured then
+        build_filterbank(recipe)  # what is wrong with it shows before any file is opened
         data = load_data(recipe.data, ("train", "validation"))
         self.identity = data_identity(data)
         for name in ("train", "validation"):
@@ -225,13 +230,22 @@ class _Training:
         if ranks.is_first:
             run.note_left_out([*data.train.left_out, *(data.validation or data.train).left_out])
 
-        forward = torch.compile(self.method, fullgraph=True) if compiled else self.method
+        forward = self._compiled(len(self.loader.planner.geometries)) if compiled else self.method
         self.forward = forward
         if ranks.size > 1:
             self.forward = DistributedDataParallel(
                 forward, [self.device] if on_gpu else None, broadcast_buffers=False
             )
             self._settle_buckets()
+
+    def _compiled(self, patch_sizes: int) -> nn.Module:
+        """The method, to be compiled at its first step; anew for each patch size."""
+        if patch_sizes == 1:
+            return torch.compile(self.method, fullgraph=True)
+        # Each has shapes of its own, that never change; some code is compiled for them all.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, patch_sizes)
+        return torch.compile(self.method, fullgraph=True, dynamic=False)
 
     def run_to_the_end(self) -> nn.Module:
         self.saved_at = time.monotonic()

@@ -5,9 +5,11 @@ What is built from them is in :mod:`fastast.train.build`.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+import inspect
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+from fastast.ops import MelPlan
 from fastast.train.optim import OptimConfig
 from fastast.train.settings import check_choices
 
@@ -52,17 +54,57 @@ class DataConfig:
         check_choices(self, "data")
 
 
+FILTERBANK_SETTINGS = (
+    "num_mels",
+    "frame_length_ms",
+    "frame_shift_ms",
+    "low_freq",
+    "high_freq",
+    "window_type",
+    "preemphasis",
+    "remove_dc_offset",
+    "snip_edges",
+    "use_power",
+    "dither",
+)
+"""What a recipe can say about a preset."""
+
+
+def preset_defaults(preset: str) -> dict[str, Any]:
+    """The settings of a filterbank's preset, as a recipe names them, and what they are there."""
+    parameters = inspect.signature(getattr(MelPlan, preset)).parameters
+    known = {name: parameter.default for name, parameter in parameters.items()}
+    if "window_length" in known:  # in samples
+        known["frame_length_ms"] = 1000 * known.pop("window_length") / known["sample_rate"]
+    return known | {"frame_shift_ms": MelPlan.PRESETS[preset]}
+
+
 @dataclass
 class FrontendConfig:
     """Log-mel spectrograms.
 
+    What is left out is as in the preset, and written out in a :class:`Recipe`. A preset has the
+    settings that its own front end has; ``docs/filterbank.md`` tells more of them.
+
     Args:
-        preset: whose they are: ``kaldi`` (AST and the other ViTs), ``htsat`` or ``epic_sounds``.
-        num_mels: mel bins.
-        frame_length_ms: window of a frame.
-        low_freq, high_freq: limits of the mel bank in Hz; ``high_freq`` is counted from half the
-            sample rate if it is 0 or negative. Default: the preset's.
-        frame_shift_ms: the finest time resolution.
+        preset: ``kaldi`` (AST, SSAST, Audio-MAE, ASiT, ElasticAST), ``htsat`` (HTS-AT; made for
+            ``data.sample_rate: 32000``) or ``epic_sounds`` (EPIC-SOUNDS; 24000).
+        num_mels: mel bins; of the presets 128, 64 and 128.
+        frame_length_ms: window of a frame; 25, 32 and 10.
+        frame_shift_ms: the finest time resolution; 10, 10 and 5.
+        low_freq: where the lowest mel bin begins, in Hz; 20, 50 and 0.
+        high_freq: where the highest ends, in Hz; counted from half the sample rate if it is 0 or
+            negative. Default: half the sample rate, but 14000 for ``htsat``.
+        window_type: of ``kaldi``: ``hanning`` (the default, as AST), ``povey`` (Kaldi's own),
+            ``hamming``, ``rectangular`` or ``blackman``.
+        preemphasis: of ``kaldi``, from 0 (none) to 1; 0.97.
+        remove_dc_offset: of ``kaldi``: subtract each frame's mean; true.
+        snip_edges: of ``kaldi``: only frames that lie inside the clip (true, as AST); else a frame
+            for every shift, mirrored at the clip's edges.
+        use_power: of ``kaldi``: powers (true), or magnitudes.
+        dither: of ``kaldi``: standard deviation of noise that is added to the samples, which lie in
+            [-1, 1]: Kaldi's 1.0 is 3.05e-5 here. Drawn anew for each clip and epoch; 0.
+        dither_in_evaluation: dither clips in validation, evaluation and prediction too.
         compression: factors C on the frame shift; in training each clip draws one anew in each
             epoch (ElasticAST, section 3.4).
         mean, std: of the log-mel values, for ``(x - mean) / (2 std)``. Default: measured on the
@@ -72,11 +114,18 @@ class FrontendConfig:
     """
 
     preset: Literal["kaldi", "htsat", "epic_sounds"] = "kaldi"
-    num_mels: int = 128
-    frame_length_ms: float = 25.0
+    num_mels: int | None = None
+    frame_length_ms: float | None = None
+    frame_shift_ms: float | None = None
     low_freq: float | None = None
     high_freq: float | None = None
-    frame_shift_ms: float = 10.0
+    window_type: Literal["hanning", "povey", "hamming", "rectangular", "blackman"] | None = None
+    preemphasis: float | None = None
+    remove_dc_offset: bool | None = None
+    snip_edges: bool | None = None
+    use_power: bool | None = None
+    dither: float | None = None
+    dither_in_evaluation: bool = False
     compression: list[float] = field(default_factory=lambda: [1.0])
     mean: float | None = None
     std: float | None = None
@@ -84,6 +133,24 @@ class FrontendConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "frontend")
+        known = preset_defaults(self.preset)
+        for name in FILTERBANK_SETTINGS:
+            if getattr(self, name) is not None and name not in known:
+                having = [preset for preset in MelPlan.PRESETS if name in preset_defaults(preset)]
+                raise ValueError(
+                    f"frontend.{name} is a setting of the preset {' and '.join(having)}, and "
+                    f"frontend.preset is {self.preset}: leave it out, or choose that preset"
+                )
+        for name in ("frame_length_ms", "frame_shift_ms"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"frontend.{name} must be positive, got {value}")
+
+    def complete(self) -> FrontendConfig:
+        """The same with what the preset says about settings that are left out."""
+        known = preset_defaults(self.preset)
+        missing = [name for name in FILTERBANK_SETTINGS if getattr(self, name) is None]
+        return replace(self, **{name: known[name] for name in missing if name in known})
 
 
 @dataclass
@@ -107,6 +174,9 @@ class AugmentConfig:
         noise: most uniform noise added to spectrograms (AST on Speech Commands: 0.1).
         roll_frames: roll the spectrogram by up to this many frames either way.
         token_drop: share of tokens dropped (ElasticAST's code: 0.1; its paper: 0).
+        patch_sizes: of which every step draws one, for models whose patches may have any size
+            (FlexiAST): mel bins and frames, or one number for both. Batches are packed for
+            whichever gives the most tokens. Default: the model's own.
     """
 
     crop_seconds: list[float] | None = None
@@ -123,6 +193,7 @@ class AugmentConfig:
     noise: float = 0.0
     roll_frames: int = 0
     token_drop: float = 0.0
+    patch_sizes: list[int | tuple[int, int]] | None = None
 
     def __post_init__(self) -> None:
         check_choices(self, "augment")
@@ -146,6 +217,10 @@ class ModelConfig:
         window: patches along the side of HTS-AT's windows.
         drop_path: probability of dropping the last residual branches in training.
         fit: how HTS-AT's image is filled, ``pad`` (its paper) or ``stretch`` (its code).
+        input_frames: frames of the clips that FlexiAST's table of positions is made for; it is laid
+            over any others. Where ``frontend.fixed_seconds`` is set, they are that long.
+        resize: of FlexiAST's kernel, ``pi`` or ``bilinear``.
+        distilled: whether AST and FlexiAST have a distillation token beside the class token.
     """
 
     name: str = "elastic_ast_tiny"
@@ -161,6 +236,9 @@ class ModelConfig:
     window: int | None = None
     drop_path: float | None = None
     fit: str | None = None
+    input_frames: int | None = None
+    resize: str | None = None
+    distilled: bool | None = None
 
 
 @dataclass
@@ -257,6 +335,9 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        self.frontend = self.frontend.complete()
 
     def to_dict(self) -> dict:
         """As plain types, for YAML and JSON."""

@@ -107,6 +107,30 @@ def test_a_peer_that_is_wrong_everywhere_is_named_once(tmp_path):
     assert "- peer, all cases: DISAGREES: off by 1" in report.render(tmp_path)
 
 
+def test_clips_per_second_and_core_where_the_threads_are_known(tmp_path):
+    rows = []
+    for threads in (1, 2):
+        shapes = {"shapes": {"clips": 8, "threads": threads}, "benchmark": "ops/mel_filterbank"}
+        rows.append(row(f"clips, {threads} threads", "fastast", **timed(4.0 / threads), **shapes))
+    results.merge(tmp_path / "cpu" / "ops.json", rows, run())
+    page = report.render(tmp_path)
+    assert "| clips / s | clips / s / core |" in page
+    assert "| 2,000 | 2,000 |" in page and "| 4,000 | 2,000 |" in page
+
+
+def test_the_peak_of_a_process_has_a_column(tmp_path):
+    rows = [
+        row("one clip", "fastast", peak_bytes=2**20),
+        row("one clip", "peer", peak_bytes=2**24, ours_over_this={"peak_bytes": 1 / 16}),
+    ]
+    for each in rows:
+        each["benchmark"] = "memory/mel_filterbank"
+    results.merge(tmp_path / "cpu" / "memory.json", rows, run())
+    page = report.render(tmp_path)
+    assert "## Memory" in page and "| case | contender | peak, MiB | / ours |" in page
+    assert "| one clip | peer | 16 | 16.00 |" in page
+
+
 def test_clips_per_second_and_kept_bytes_have_columns_where_known(tmp_path):
     clips = {"shapes": {"clips": 1024}, "benchmark": "ops/mel_filterbank"}
     rows = [on_gpu("1024 clips", "fastast", 2.0, **clips)]

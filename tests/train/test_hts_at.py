@@ -26,8 +26,8 @@ from fastast.train.predict import predict_files
 def recipe(recipe):
     """The recipe of the tones for an HTS-AT of four narrow stages, with all that is its own."""
     recipe.frontend = FrontendConfig(
-        preset="htsat", num_mels=32, frame_length_ms=32.0, high_freq=0.0, compression=[1.0, 2.0]
-    )
+        preset="htsat", num_mels=32, high_freq=0.0, compression=[1.0, 2.0]
+    ).complete()
     recipe.augment = AugmentConfig(
         mixup=1.0,
         mixup_alpha=0.5,

@@ -35,6 +35,7 @@ def pair(recipe):
     """Everything that must agree between ranks; an odd number of clips in the last step."""
     recipe.data.validation = 0.2
     recipe.augment.mixup = 0.5
+    recipe.frontend.dither = 1e-3
     recipe.augment.crop_seconds, recipe.augment.crop = [0.2, 0.8], "cyclic"
     recipe.train.epochs = 2
     recipe.train.log_every, recipe.train.log_clips = 1, True
