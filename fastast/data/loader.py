@@ -184,6 +184,7 @@ class _BatchMaker:
         self.framing, self.dense_frames = planner.framing, planner.dense_frames
         self.token_drop, self.seed = planner.token_drop, planner.seed
         self.mixing = planner.mixup is not None
+        self.mix_targets = planner.mixup is not None and planner.mixup.targets
         self.shortest_shift = int(planner.frame_shifts.min())
         self.sizes = sizes
         self.skip_bad = bad_files == "skip"
@@ -233,7 +234,8 @@ class _BatchMaker:
         # One that cannot be read is listed when its own turn comes.
         if partner >= 0 and (other := self._read(partner, [])) is not None:
             share = float(order.mix_weight[index])
-            clip.target.mul_(share).add_(self._target(partner), alpha=1 - share)
+            if self.mix_targets:
+                clip.target.mul_(share).add_(self._target(partner), alpha=1 - share)
             return replace(clip, partner=other[:num_samples], mix_weight=share)
         return clip
 

@@ -211,6 +211,7 @@ class Mixup:
     Args:
         probability: of a visit to be mixed. AST and Audio-MAE on AudioSet: 0.5.
         alpha: the clip's share is drawn from Beta(alpha, alpha). AST and Audio-MAE: 10.
+        targets: mix the targets too. Without, as in the code of HTS-AT, the clip keeps its own.
 
     Raises:
         ValueError: an argument out of range.
@@ -218,6 +219,7 @@ class Mixup:
 
     probability: float
     alpha: float = 10.0
+    targets: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.probability <= 1:

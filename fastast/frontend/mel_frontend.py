@@ -26,7 +26,7 @@ class MelFrontend(nn.Module):
     2. mix, where the batch has partners;
     3. gain, of clip and partner together;
     4. filterbank, with its dither, and normalisation;
-    5. SpecAugment, with what 0 becomes in the normalisation;
+    5. SpecAugment, with the value ``fill``;
     6. noise, on masked bins too, and roll of the frames.
 
     In evaluation mode nothing is random. A batch that has partners is mixed nevertheless, as its
@@ -42,9 +42,11 @@ class MelFrontend(nn.Module):
         freq_mask: mel bins of SpecAugment's widest frequency mask.
         time_mask: frames of its widest time mask; below 1 the share of the clip that it covers.
             AST on AudioSet: 192 of 1,024 frames, 0.1875.
+        num_freq_masks, num_time_masks: how many of each. AST: 1, HTS-AT: 2.
         noise: highest level of noise, in units of the normalised spectrogram. AST on Speech
             Commands: 0.1.
         roll_frames: move frames up to so many later or earlier. AST on Speech Commands: 10.
+        fill: value of masks and of padding. Default: AST's, what 0 becomes in the normalisation.
         seed: of the draws.
 
     Raises:
@@ -60,14 +62,19 @@ class MelFrontend(nn.Module):
         gain_db: float = 0.0,
         freq_mask: int = 0,
         time_mask: float = 0.0,
+        num_freq_masks: int = 1,
+        num_time_masks: int = 1,
         noise: float = 0.0,
         roll_frames: int = 0,
+        fill: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         settings = {
             "gain_db": gain_db,
             "freq_mask": freq_mask,
+            "num_freq_masks": num_freq_masks,
+            "num_time_masks": num_time_masks,
             "noise": noise,
             "roll_frames": roll_frames,
         }
@@ -81,10 +88,12 @@ class MelFrontend(nn.Module):
         self.gain_db = gain_db
         self.freq_mask = freq_mask
         self.time_mask = time_mask
+        self.num_freq_masks = num_freq_masks
+        self.num_time_masks = num_time_masks
         self.noise = noise
         self.roll_frames = roll_frames
         self.seed = seed
-        self.fill = filterbank.plan.normalized(0.0)
+        self.fill = filterbank.plan.normalized(0.0) if fill is None else fill
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Spectrograms | Tensor:
@@ -132,6 +141,8 @@ class MelFrontend(nn.Module):
                 clip_ids,
                 freq_mask=self.freq_mask,
                 time_mask=self.time_mask,
+                num_freq_masks=self.num_freq_masks,
+                num_time_masks=self.num_time_masks,
                 fill=self.fill,
                 **keys,
             )

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastast.nn.drop_path import drop_path_keys
+
 if TYPE_CHECKING:
     from fastast.data import Batch
 
@@ -15,12 +17,14 @@ class Supervised(nn.Module):
     """A model, and how far its logits are from the classes of the clips.
 
     Args:
-        model: takes ``(spectrograms, grid)`` and returns logits ``[segments, classes]``.
+        model: takes ``(spectrograms, grid)`` and returns logits ``[segments, classes]``. One with a
+            ``drop_path`` above 0 also takes ``keys``, what its draws follow from.
         frontend: turns a batch's waveforms into spectrograms; it augments in training mode.
         loss: ``"cross_entropy"``, between the softmax and one class per clip (or, where clips are
             mixed, their shares); or ``"binary_cross_entropy"``, between the sigmoids and any
             number of classes, averaged over the classes (AST on AudioSet).
         label_smoothing: of the cross-entropy.
+        seed: of the model's draws.
 
     The loss is the sum over the clips of the batch, divided by ``batch.loss_denominator``: their
     number, unless a step has several batches. Clips without a class, and empty segments, add
@@ -37,6 +41,7 @@ class Supervised(nn.Module):
         *,
         loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy",
         label_smoothing: float = 0.0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if loss not in ("cross_entropy", "binary_cross_entropy"):
@@ -49,10 +54,14 @@ class Supervised(nn.Module):
         self.frontend = frontend
         self.loss = loss
         self.label_smoothing = label_smoothing
+        self.seed = seed
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """``loss`` (a scalar) and ``logits`` ``[segments, classes]``, float32."""
-        logits = self.model(self.frontend(batch), batch.grid).float()
+        draws = {}
+        if getattr(self.model, "drop_path", 0.0):
+            draws["keys"] = drop_path_keys(self.seed, batch.epoch, batch.clip_ids)
+        logits = self.model(self.frontend(batch), batch.grid, **draws).float()
         targets = batch.targets
         if self.loss == "cross_entropy":
             smoothing = self.label_smoothing

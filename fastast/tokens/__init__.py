@@ -1,5 +1,6 @@
 """From spectrograms to tokens: patches, positions, and which patches are kept."""
 
+from fastast.tokens.fold import FoldGeometry, FoldGrid, fold_frames, fold_patches
 from fastast.tokens.gmml import GMML, Corrupted, corrupted_share
 from fastast.tokens.grid import PatchGeometry, PatchGrid, kept_patches, random_keep
 from fastast.tokens.masking import ClusteredMask, Mask, StructuredMask, UnstructuredMask
@@ -17,6 +18,8 @@ __all__ = [
     "Corrupted",
     "ClusteredMask",
     "FactorisedPositions",
+    "FoldGeometry",
+    "FoldGrid",
     "GridPositions",
     "Mask",
     "PatchGeometry",
@@ -26,6 +29,8 @@ __all__ = [
     "StructuredMask",
     "UnstructuredMask",
     "corrupted_share",
+    "fold_frames",
+    "fold_patches",
     "kept_patches",
     "patchify",
     "random_keep",

@@ -135,6 +135,11 @@ def build_method(recipe: Recipe, num_classes: int, *, multi_label: bool = False)
                 "model.input_frames follows from frontend.fixed_seconds: set one of them alone"
             )
         settings["input_frames"] = fixed_frames(recipe, front.fixed_seconds, finest_shift(recipe))
+    if name.startswith("hts_at_") and front.fixed_seconds is not None:
+        raise ValueError(
+            f"{name} takes clips of any length: leave frontend.fixed_seconds out, and take parts "
+            "of clips with augment.crop_seconds or data.max_seconds"
+        )
     try:
         model = create_model(name, num_classes=num_classes, num_mels=front.num_mels, **settings)
     except TypeError as error:  # such as "got an unexpected keyword argument 'stride'"
@@ -148,11 +153,20 @@ def build_method(recipe: Recipe, num_classes: int, *, multi_label: bool = False)
         gain_db=augment.gain_db,
         freq_mask=augment.freq_mask,
         time_mask=augment.time_mask,
+        num_freq_masks=augment.num_freq_masks,
+        num_time_masks=augment.num_time_masks,
         noise=augment.noise,
         roll_frames=augment.roll_frames,
+        fill=0.0 if front.preset == "htsat" else None,
         seed=recipe.train.seed,
     )
-    return Supervised(model, frontend, loss=loss, label_smoothing=recipe.train.label_smoothing)
+    return Supervised(
+        model,
+        frontend,
+        loss=loss,
+        label_smoothing=recipe.train.label_smoothing,
+        seed=recipe.train.seed,
+    )
 
 
 def flexible(model: nn.Module) -> FlexiAST:
@@ -249,7 +263,7 @@ def make_loader(
         if augment.crop_seconds is not None:
             crop = Crop(tuple(augment.crop_seconds), augment.crop)
         if augment.mixup:
-            mixup = Mixup(augment.mixup, augment.mixup_alpha)
+            mixup = Mixup(augment.mixup, augment.mixup_alpha, augment.mixup_targets)
         sampler = Sampler(balance=recipe.data.balance, clips=recipe.data.clips_per_epoch)
     else:  # whatever was trained on, any clip can be evaluated
         rate = recipe.data.sample_rate

@@ -365,9 +365,29 @@ class _Training:
         norm = clip_gradients(self.method.parameters(), self.recipe.optim)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._share_statistics()
         if isinstance(self.average, EMA):
             self.average.update(self.method.model)
         self.meter.add(loss, norm)
+
+    def _share_statistics(self) -> None:
+        """Lets all ranks go on from the mean of what their batches did to running statistics.
+
+        All then validate with the same ones, and a resumed run has them from the checkpoint.
+        """
+        if self.ranks.size == 1:
+            return
+        kept = self.method.model.state_dict()
+        buffers = [
+            buffer
+            for name, buffer in self.method.model.named_buffers()
+            if name in kept and buffer.is_floating_point()
+        ]
+        if buffers:
+            mean = self.ranks.sum(torch.cat([x.flatten() for x in buffers])) / self.ranks.size
+            parts = mean.split([x.numel() for x in buffers])
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.copy_(part.view_as(buffer))
 
     def _log_steps(self) -> None:
         """Writes a line about the steps since the last one."""

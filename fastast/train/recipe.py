@@ -108,7 +108,8 @@ class FrontendConfig:
         compression: factors C on the frame shift; in training each clip draws one anew in each
             epoch (ElasticAST, section 3.4).
         mean, std: of the log-mel values, for ``(x - mean) / (2 std)``. Default: measured on the
-            training clips.
+            training clips. Masks and padding have the value 0 before that (AST), or after it with
+            ``htsat`` (as HTS-AT has it after its batch normalisation).
         fixed_seconds: cut and pad all clips to this length, for models of fixed input size.
     """
 
@@ -165,9 +166,11 @@ class AugmentConfig:
         roll: roll the waveform by a random number of samples.
         mixup: share of the clips that are mixed with another (AST on AudioSet: 0.5).
         mixup_alpha: the clip's share is drawn from Beta(alpha, alpha).
+        mixup_targets: mix the targets too; without, as in the code of HTS-AT, a clip keeps its own.
         freq_mask: mel bins of SpecAugment's widest frequency mask.
         time_mask: frames of SpecAugment's widest time mask; below 1 the share of the clip that it
             covers.
+        num_freq_masks, num_time_masks: how many of each.
         noise: most uniform noise added to spectrograms (AST on Speech Commands: 0.1).
         roll_frames: roll the spectrogram by up to this many frames either way.
         token_drop: share of tokens dropped (ElasticAST's code: 0.1; its paper: 0).
@@ -182,8 +185,11 @@ class AugmentConfig:
     roll: bool = False
     mixup: float = 0.0
     mixup_alpha: float = 10.0
+    mixup_targets: bool = True
     freq_mask: int = 0
     time_mask: float = 0.0
+    num_freq_masks: int = 1
+    num_time_masks: int = 1
     noise: float = 0.0
     roll_frames: int = 0
     token_drop: float = 0.0
@@ -201,9 +207,16 @@ class ModelConfig:
         name: one of ``fastast.list_models()``.
         patch_size: mel bins and frames.
         stride: mel bins and frames between patches, for AST.
-        dim, depth, num_heads: of the trunk.
+        dim, depth, num_heads: of the trunk; of HTS-AT, ``dim`` is of the first stage, and
+            ``num_heads`` a list, of each stage.
         max_time_patches: columns of ElasticAST's time table.
         pool: ElasticAST's pooling, ``attention`` or ``mean``.
+        depths: blocks of each stage of HTS-AT.
+        image_size: frames of a row of HTS-AT's image; 128 at a frame shift of 40 ms is its coarse
+            one.
+        window: patches along the side of HTS-AT's windows.
+        drop_path: probability of dropping the last residual branches in training.
+        fit: how HTS-AT's image is filled, ``pad`` (its paper) or ``stretch`` (its code).
         input_frames: frames of the clips that FlexiAST's table of positions is made for; it is laid
             over any others. Where ``frontend.fixed_seconds`` is set, they are that long.
         resize: of FlexiAST's kernel, ``pi`` or ``bilinear``.
@@ -217,9 +230,14 @@ class ModelConfig:
     stride: tuple[int, int] | None = None
     dim: int | None = None
     depth: int | None = None
-    num_heads: int | None = None
+    num_heads: int | list[int] | None = None
     max_time_patches: int | None = None
     pool: str | None = None
+    depths: list[int] | None = None
+    image_size: int | None = None
+    window: int | None = None
+    drop_path: float | None = None
+    fit: str | None = None
     input_frames: int | None = None
     resize: str | None = None
     distilled: bool | None = None

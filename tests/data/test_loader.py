@@ -347,6 +347,12 @@ def test_mixing(tones, multi_label):
     assert all(batch.targets.dtype == torch.float32 for batch in batches)
 
 
+def test_mixing_can_leave_targets_alone(tones):
+    found = by_clip(make(tones, mixup=Mixup(1.0, targets=False)).epoch(0))
+    for clip, (_, target, *_, (share, _partner)) in found.items():
+        assert share < 1 and target == np.eye(2)[tones.labels[clip]].tolist()
+
+
 def test_a_bad_partner_is_not_mixed_in(tones):
     loader = make(tones, mixup=Mixup(1.0), bad_files="skip")
     tones.paths[7].write_bytes(b"")

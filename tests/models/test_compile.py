@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastast import AST, ElasticAST, Segments, Spectrograms, TokenBudget
+from fastast import AST, HTSAT, ElasticAST, Segments, Spectrograms, TokenBudget
 from fastast.tokens import PatchGrid
 
 CLASSES, MELS, BATCHES = 5, 32, 50
@@ -20,6 +20,14 @@ TOKEN_BUDGET = TokenBudget(tokens=1200, clips=9, max_length=200)
 MODELS = {
     "elastic": lambda: ElasticAST(CLASSES, max_time_patches=16, **SIZE),
     "ast": lambda: AST(CLASSES, input_frames=128, stride=(8, 6), **SIZE),
+}
+FOLDED = {"image_size": 64, "dim": 16, "depths": (2, 2, 1), "num_heads": (1, 2, 2), "window": 4}
+HTSATS = {
+    # Without draws of its own, for the comparison with an eager model.
+    f"hts_at-{fit}": lambda fit=fit: HTSAT(
+        CLASSES, num_mels=MELS, patch_size=(8, 8), drop_path=0.0, fit=fit, **FOLDED
+    )
+    for fit in ("pad", "stretch")
 }
 every_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 
@@ -85,7 +93,7 @@ def check_steps(model, backend, warm_up, lengths, budgeted) -> int:
     return graphs
 
 
-@every_model
+@pytest.mark.parametrize("build", [*MODELS.values(), *HTSATS.values()], ids=[*MODELS, *HTSATS])
 def test_one_graph_serves_a_budget(build):
     first, *others = ragged_lengths(BATCHES)
     assert check_steps(build(), "aot_eager", [first], others, budgeted=True) == 1
