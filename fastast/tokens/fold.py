@@ -83,8 +83,8 @@ class FoldGeometry(PatchGeometry):
     def chunks(self, frames: int | np.ndarray) -> int | np.ndarray:
         """Chunks of a clip of so many frames."""
         frames = np.asarray(frames)
-        chunks = np.where(frames > 0, np.maximum(-(-frames // self.chunk_frames), 1), 0)
-        chunks = np.where(frames > 0, np.maximum(chunks, self.stretch_to), chunks)
+        filled = np.maximum(-(-frames // self.chunk_frames), self.stretch_to)
+        chunks = np.where(frames > 0, filled, 0)
         return int(chunks) if chunks.ndim == 0 else chunks
 
     def time_patches(self, frames: int | np.ndarray) -> int | np.ndarray:
