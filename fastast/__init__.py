@@ -5,7 +5,7 @@ end, and :class:`Segments` says where each begins. See ``docs/concepts.md``.
 """
 
 from fastast.interop import from_reference
-from fastast.models import AST, HTSAT, ElasticAST, create_model, list_models
+from fastast.models import AST, HTSAT, ElasticAST, FlexiAST, create_model, list_models
 from fastast.nn import AttentionPool, MelFilterbank, PackedAttention, WindowAttention
 from fastast.ops import WindowBudget, WindowGrids
 from fastast.segments import Segments, Spectrograms, TokenBudget
@@ -17,6 +17,7 @@ __all__ = [
     "HTSAT",
     "AttentionPool",
     "ElasticAST",
+    "FlexiAST",
     "MelFilterbank",
     "PackedAttention",
     "Segments",

@@ -64,8 +64,7 @@ def random_uniform(
     seed: int, epoch: int | Tensor, clips: Tensor, purpose: str | int, draws: int
 ) -> Tensor:
     """Uniform numbers in [0, 1): float32 ``[len(clips), draws]``. Arguments: `random_bits`."""
-    bits = random_bits(seed, epoch, clips, purpose, draws)
-    return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
+    return unit_interval(random_bits(seed, epoch, clips, purpose, draws))
 
 
 def random_below(
@@ -79,8 +78,17 @@ def random_below(
         seed, epoch, clips, purpose: see :func:`random_bits`.
         limit: below 2**31; one for all clips, or integers ``[len(clips)]``. A limit of 0 gives 0.
     """
-    bits = random_bits(seed, epoch, clips, purpose, 1)[:, 0]
+    return below(random_bits(seed, epoch, clips, purpose, 1)[:, 0], limit)
+
+
+def below(bits: Tensor, limit: int | Tensor) -> Tensor:
+    """Makes of :func:`random_bits` integers in [0, limit), as :func:`random_below` does."""
     return _shift_right(bits, 32) * limit >> 32  # the product stays below 2**63
+
+
+def unit_interval(bits: Tensor) -> Tensor:
+    """Makes of :func:`random_bits` float32 numbers in [0, 1), as :func:`random_uniform` does."""
+    return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
 
 
 def random_beta(

@@ -1,8 +1,11 @@
 """The benchmarks. Importing this package registers them."""
 
 from bench.cases import (
+    distillation,
     elastic_ast,
+    masking,
     mel_filterbank,
+    mel_memory,
     memory,
     packed_attention,
     segment_pool,
@@ -12,8 +15,11 @@ from fastast.models.vit import TRUNK_SIZES
 
 __all__ = [
     "TRUNK_SIZES",
+    "distillation",
     "elastic_ast",
+    "masking",
     "mel_filterbank",
+    "mel_memory",
     "memory",
     "packed_attention",
     "segment_pool",

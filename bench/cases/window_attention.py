@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench import flops
 from bench.cases.call import Call, leaf
-from bench.peers.windows import WAYS, BiasedAttention, RolledWindows
+from bench.peers.windows import WAYS, BiasedAttention, RolledWindows, explicit_biased
 from bench.registry import Case, Contender, Settings, Work, benchmark, peer
 from fastast.nn import WindowAttention
 from fastast.ops import WindowGrids, window_attention
@@ -105,29 +105,23 @@ def _build(
     grids = WindowGrids.from_sizes([grid.size] * clips, grid.window, shift).to(device)
     rolled = RolledWindows(*grid.size, grid.window, shift, device)
 
-    def ours(backend: str = "auto", in_dtype: torch.dtype = dtype) -> Call:
+    def call(function: Callable[..., Tensor], in_dtype: torch.dtype = dtype) -> Call:
         leaves = {
             name: leaf(x, in_dtype if name == "qkv" else torch.promote_types(in_dtype, x.dtype))
             for name, x in inputs.items()
         }
+        there = None if grad is None else grad.to(in_dtype)
+        return Call(lambda: function(**leaves), leaves, there)
 
-        def function() -> Tensor:
-            qkv, table, *rest = leaves.values()
-            scale = {"logit_scale": rest[0]} if rest else {}
-            return window_attention(qkv, table, grids, **scale, backend=backend)
+    def ours() -> Call:
+        return call(partial(window_attention, grids=grids))
 
-        return Call(function, leaves, None if grad is None else grad.to(in_dtype))
-
-    def rolling(attention: BiasedAttention) -> Call:
-        leaves = {name: leaf(x) for name, x in inputs.items()}
-
-        def function() -> Tensor:
-            qkv, table, *rest = leaves.values()
+    def rolling(attention: BiasedAttention, in_dtype: torch.dtype = dtype) -> Call:
+        def function(qkv: Tensor, bias_table: Tensor, logit_scale: Tensor | None = None) -> Tensor:
             windows = rolled.partition(qkv)
-            out = rolled.attend(windows, table, rest[0] if rest else None, attention)
-            return rolled.merge(out)
+            return rolled.merge(rolled.attend(windows, bias_table, logit_scale, attention))
 
-        return Call(function, leaves, grad)
+        return call(function, in_dtype)
 
     def contender(name: str, why: str, call: Call, pairs: int) -> Contender:
         scored = flops.attention(pairs, grid.heads * grid.head_dim)
@@ -167,27 +161,22 @@ def _build_layer(
     grids = WindowGrids.from_sizes([grid.size] * clips, grid.window, shift).to(device)
     rolled = RolledWindows(*grid.size, grid.window, shift, device)
 
-    def call(function, in_dtype: torch.dtype = dtype) -> Call:
+    def call(function: Callable[..., Tensor], in_dtype: torch.dtype = dtype) -> Call:
         twin, there = copy.deepcopy(layer).to(in_dtype), leaf(x, in_dtype)
         leaves = {"x": there, **dict(twin.named_parameters())}
         return Call(partial(function, twin, there), leaves, grad.to(in_dtype))
 
-    def with_backend(backend: str, layer: WindowAttention, x: Tensor) -> Tensor:
-        qkv = layer.qkv(x).unflatten(-1, (3, grid.heads, -1))
-        table = layer.relative_position_bias_table.t()
-        return layer.proj(window_attention(qkv, table, grids, backend=backend).flatten(1))
+    def ours() -> Call:
+        return call(lambda layer, x: layer(x, grids))
 
-    def ours(backend: str = "auto", in_dtype: torch.dtype = dtype) -> Call:
-        return call(partial(with_backend, backend), in_dtype)
-
-    def rolling(attention: BiasedAttention) -> Call:
+    def rolling(attention: BiasedAttention, in_dtype: torch.dtype = dtype) -> Call:
         def function(layer: WindowAttention, x: Tensor) -> Tensor:
             qkv = layer.qkv(rolled.partition(x)).unflatten(-1, (3, grid.heads, -1))
             table = layer.relative_position_bias_table.t()
             out = rolled.attend(qkv, table, None, attention)
             return rolled.merge(layer.proj(out.flatten(2)))
 
-        return call(function)
+        return call(function, in_dtype)
 
     def contender(name: str, why: str, call: Call, pairs: int) -> Contender:
         projections = flops.linear(rows, dim, 4 * dim)
@@ -206,8 +195,14 @@ def _build_layer(
     return _work(contender, ours, rolling, grids, rows * grid.window**2)
 
 
-def _work(contender, ours, rolling, grids: WindowGrids, whole_pairs: int) -> Work:
-    """Ours and Swin's ways, of which one computes whole windows and masks."""
+def _work(
+    contender: Callable[..., Contender],
+    ours: Callable[[], Call],
+    rolling: Callable[..., Call],
+    grids: WindowGrids,
+    whole_pairs: int,
+) -> Work:
+    """Ours and Swin's ways, which mask whole windows; the explicit one is the formula."""
     patches = grids.host_windows[:, 2:].long().prod(1)
     own = contender(
         "fastast",
@@ -219,4 +214,4 @@ def _work(contender, ours, rolling, grids: WindowGrids, whole_pairs: int) -> Wor
         peer(name, why, lambda name, why, way=way: contender(name, why, rolling(way), whole_pairs))
         for name, (why, way) in WAYS.items()
     )
-    return Work((own, *ways), lambda in_dtype: ours("reference", in_dtype).outputs())
+    return Work((own, *ways), lambda in_dtype: rolling(explicit_biased, in_dtype).outputs())

@@ -27,7 +27,7 @@ from fastast.data.dataset import AudioDataset
 from fastast.data.manifest import LeftOut
 from fastast.data.plan import BatchPlan, Planner
 from fastast.data.sampling import cut
-from fastast.tokens import random_keep
+from fastast.tokens import PatchGeometry, random_keep
 
 
 class PackedLoader:
@@ -116,7 +116,7 @@ class PackedLoader:
     def silent_batch(self) -> Batch:
         """A batch without clips, of silence that counts for nothing."""
         nothing = np.zeros(0, np.int64)
-        return self._make[BatchPlan(0, *[nothing] * 8)]
+        return self._make[BatchPlan(0, self.planner.geometries[0], *[nothing] * 8)]
 
     def _from_thread(self, orders: list[BatchPlan]) -> Iterator[Batch]:
         pending: deque[Future[Batch]] = deque()
@@ -177,10 +177,11 @@ class _BatchMaker:
     Errors about files are returned, because DataLoader would make others of them.
     """
 
-    def __init__(self, planner: Planner, sizes: BatchBudget | None, bad_files: str) -> None:
-        self.dataset, self.geometry = planner.dataset, planner.geometry
-        self.window, self.padding = planner.window, planner.padding
-        self.dense_frames = planner.dense_frames
+    def __init__(
+        self, planner: Planner, sizes: dict[PatchGeometry, BatchBudget] | None, bad_files: str
+    ) -> None:
+        self.dataset = planner.dataset
+        self.framing, self.dense_frames = planner.framing, planner.dense_frames
         self.token_drop, self.seed = planner.token_drop, planner.seed
         self.mixing = planner.mixup is not None
         self.mix_targets = planner.mixup is not None and planner.mixup.targets
@@ -191,33 +192,37 @@ class _BatchMaker:
     def __getitem__(self, order: BatchPlan) -> Batch | AudioError:
         left_out: list[LeftOut] = []
         try:
-            found = [self._clip(order, index, left_out) for index in range(len(order.rows))]
+            keeps = self._kept(order)
+            found = [self._clip(order, index, keep, left_out) for index, keep in enumerate(keeps)]
         except AudioError as error:
             return error
         clips = [clip for clip in found if clip is not None]
         return collate(
             clips or [self._filler()],
-            self.geometry,
-            window=self.window,
+            order.geometry,
+            framing=self.framing,
             sample_rate=self.dataset.sample_rate,
-            padding=self.padding,
             epoch=order.epoch,
-            budget=self.sizes,
+            budget=self.sizes and self.sizes[order.geometry],
             dense_frames=self.dense_frames,
             mixing=self.mixing,
             left_out=left_out,
         )
 
-    def _clip(self, order: BatchPlan, index: int, left_out: list[LeftOut]) -> Clip | None:
+    def _kept(self, order: BatchPlan) -> list[np.ndarray | None]:
+        """Each clip's patches that become tokens; None for all."""
+        if not self.token_drop:
+            return [None] * len(order.rows)
+        return random_keep(order.patches, self.token_drop, self.seed, order.epoch, order.keys)
+
+    def _clip(
+        self, order: BatchPlan, index: int, keep: np.ndarray | None, left_out: list[LeftOut]
+    ) -> Clip | None:
         row, key = int(order.rows[index]), int(order.keys[index])
         num_samples = int(order.num_samples[index])
         waveform = self._read(row, left_out)
         if waveform is None:
             return None
-        keep = None
-        if self.token_drop:
-            patches = int(order.patches[index])
-            keep = random_keep(patches, self.token_drop, self.seed, order.epoch, key)
         clip = Clip(
             waveform=cut(waveform, int(order.begin[index]), num_samples),
             target=self._target(row),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from fastast.interop.keys import count_blocks
+from fastast.interop.keys import ast_entries, count_blocks
 from fastast.models import AST
 
 
@@ -39,18 +38,5 @@ def from_state_dict(weights: dict[str, Tensor], config: dict) -> AST:
         depth=count_blocks(weights, "v.blocks."),
         num_heads=dim // 64,
     ).to(kernel.dtype)
-    converted = {
-        "patch_embed.proj.weight": kernel.flatten(1),
-        "patch_embed.proj.bias": weights["v.patch_embed.proj.bias"],
-        "prefix": torch.cat([weights["v.cls_token"], weights["v.dist_token"]], 1)[0],
-        "positions.table": weights["v.pos_embed"][0],
-        "norm.weight": weights["mlp_head.0.weight"],
-        "norm.bias": weights["mlp_head.0.bias"],
-        "head.weight": weights["mlp_head.1.weight"],
-        "head.bias": weights["mlp_head.1.bias"],
-    }
-    for key, value in weights.items():
-        if key.startswith(("v.blocks.", "v.norm.")):
-            converted[key.replace("v.", "trunk.", 1)] = value
-    model.load_state_dict(converted)
+    model.load_state_dict(ast_entries(weights, "v.patch_embed.proj", "v.pos_embed"))
     return model

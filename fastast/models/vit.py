@@ -6,10 +6,11 @@ published weights map onto them one to one.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from fastast.models.registry import register_model
 from fastast.nn import PackedAttention
 from fastast.segments import Segments, Spectrograms
-from fastast.tokens import FoldGrid, PatchGeometry, PatchGrid, patchify
+from fastast.tokens import FoldGrid, PatchGeometry, PatchGrid, patchify, resize_patch_kernel
 
 Grid = TypeVar("Grid", PatchGrid, FoldGrid)
 """What a geometry makes of a batch's lengths."""
@@ -102,17 +103,44 @@ class Trunk(nn.Module):
 class PatchEmbed(nn.Module):
     """Patches of a spectrogram stream, each projected to a token.
 
+    Args:
+        geometry: of the patches.
+        dim: of the tokens.
+        resize: how the projection is adapted to a grid of other patches (FlexiAST), see
+            :func:`~fastast.tokens.resize_patch_kernel`. Default: not at all.
+
     Shape:
         ``frames [rows, num_mels]``, grid ``-> [grid.num_rows, dim]``.
+
+    Raises:
+        ValueError: the grid's patches are of another size, and ``resize`` is None.
     """
 
-    def __init__(self, geometry: PatchGeometry, dim: int) -> None:
+    def __init__(
+        self,
+        geometry: PatchGeometry,
+        dim: int,
+        *,
+        resize: Literal["bilinear", "pi"] | None = None,
+    ) -> None:
         super().__init__()
         self.geometry = geometry
+        self.resize = resize
         self.proj = nn.Linear(geometry.patch_size[0] * geometry.patch_size[1], dim)
 
     def forward(self, frames: Tensor, grid: PatchGrid) -> Tensor:
-        return self.proj(patchify(frames, grid, self.geometry))
+        own = self.geometry.patch_size
+        # To the compiler an integer that has changed is a variable; as an index it is a constant.
+        size = tuple(map(operator.index, grid.geometry.patch_size))
+        if size == own:
+            return self.proj(patchify(frames, grid, self.geometry))
+        if self.resize is None:
+            raise ValueError(
+                f"grid lists patches of {size}, this model's are {own}: make it with the model's "
+                "own geometry, or use a FlexiAST"
+            )
+        kernel = resize_patch_kernel(self.proj.weight.unflatten(1, own), size, self.resize)
+        return F.linear(patchify(frames, grid, grid.geometry), kernel.flatten(1), self.proj.bias)
 
 
 def as_stream(

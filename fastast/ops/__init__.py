@@ -1,6 +1,7 @@
 """The functional API: every operation on a packed stream, for any device."""
 
 from fastast.ops import _native
+from fastast.ops.distillation import distillation_cross_entropy
 from fastast.ops.mel_filterbank import (
     MelPlan,
     dither_keys,
@@ -9,7 +10,7 @@ from fastast.ops.mel_filterbank import (
     mel_filterbank,
     mel_filterbank_reference,
 )
-from fastast.ops.mel_plan import Padding
+from fastast.ops.mel_plan import Framing, Padding
 from fastast.ops.packed_attention import (
     flash_attn_varlen_func,
     packed_attention,
@@ -20,10 +21,12 @@ from fastast.ops.window_attention import window_attention
 from fastast.ops.window_grids import WindowBudget, WindowGrids
 
 __all__ = [
+    "Framing",
     "MelPlan",
     "Padding",
     "WindowBudget",
     "WindowGrids",
+    "distillation_cross_entropy",
     "dither_keys",
     "flash_attn_varlen_func",
     "frame_segments",

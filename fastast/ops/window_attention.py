@@ -28,9 +28,10 @@ and for cosine scores, with :math:`r_i = 1 / |q_i|`, :math:`r_j = 1 / |k_j|` and
 :math:`G_{ij} = \tau^{-1} r_i r_j\, dS_{ij}`,
 
 .. math::
-    dQ_i = \sum_j G_{ij} k_j - r_i^2 q_i \sum_j dS_{ij} s_{ij}, \quad
-    dK_j = \sum_i G_{ij} q_i - r_j^2 k_j \sum_i dS_{ij} s_{ij}, \quad
-    d\tau^{-1} = \tau \sum_{ij} dS_{ij} s_{ij}
+    dQ'_i = \sum_j G_{ij} k_j, \quad dQ_i = dQ'_i - r_i^2 (q_i \cdot dQ'_i)\, q_i, \quad
+    d\tau^{-1} = \tau \sum_i q_i \cdot dQ'_i
+
+and likewise :math:`dK_j` from :math:`dK'_j = \sum_i G_{ij} q_i`.
 
 Norms are factors of the scores, not of stored queries and keys: a normalised copy of ``qkv`` would
 cost more memory traffic than the attention itself.
@@ -177,8 +178,9 @@ LIBRARY.define(
     " -> (Tensor grad_qkv, Tensor grad_bias_table, Tensor grad_logit_scale)"
 )
 
-CHUNK = 1 << 17
-"""Scores computed at a time: half a megabyte, of which the second-level cache holds a few."""
+CHUNK = 1 << 19
+"""Numbers worked on at a time, in rows that are gathered and their scores: about the second-level
+cache."""
 
 
 class Shape(NamedTuple):
@@ -192,12 +194,11 @@ class Shape(NamedTuple):
     def patches(self) -> int:
         return self.height * self.width
 
-    def chunks(self, windows: Tensor, heads: int) -> Sequence[Tensor]:
-        """Rows ``[windows * patches]`` of the stream, on the table's device, in parts of about
-        ``CHUNK`` scores."""
+    def chunks(self, windows: Tensor, heads: int, head_dim: int) -> Sequence[Tensor]:
+        """Rows ``[windows * patches]`` of the stream, on the table's device, in parts."""
         first, pitch = windows[self.windows, :2].to(torch.int64)[:, :, None, None].unbind(1)
         y, x = _coordinates(self.height, self.width, windows.device)
-        step = max(1, CHUNK // (heads * self.patches**2))
+        step = max(1, CHUNK // (heads * self.patches * (self.patches + 3 * head_dim)))
         return (first + y * pitch + x).flatten().split(step * self.patches)
 
 
@@ -289,7 +290,7 @@ def _window_attention(qkv, bias_table, logit_scale, windows, host_windows, windo
     out = qkv.new_empty(rows, heads, dim)
     for shape in _shapes(host_windows):
         bias = _bias(bias_table.to(_sum_dtype(qkv)), window, shape)
-        for index in shape.chunks(windows, heads):
+        for index in shape.chunks(windows, heads, dim):
             q, k, v = _gather(qkv, index, shape.patches)
             _scatter(out, index, _attend(q, k, v, bias, logit_scale, scale))
     out[int(host_windows[-1, 0]) :].zero_()
@@ -336,14 +337,14 @@ def _subtract_along(grad: Tensor, x: Tensor) -> Tensor:
 def _window_attention_backward(
     grad_out, qkv, bias_table, logit_scale, windows, host_windows, window, scale
 ):
-    heads, dtype = qkv.shape[2], _sum_dtype(qkv)
+    (heads, dim), dtype = qkv.shape[2:], _sum_dtype(qkv)
     grad_qkv = qkv.new_empty(qkv.shape)
     grad_bias = qkv.new_zeros(heads, 2 * window - 1, 2 * window - 1, dtype=dtype)
     grad_logit = qkv.new_zeros(0 if logit_scale is None else heads, dtype=dtype)
     for shape in _shapes(host_windows):
         bias = _bias(bias_table.to(dtype), window, shape)
         pairs = torch.zeros_like(bias)
-        for index in shape.chunks(windows, heads):
+        for index in shape.chunks(windows, heads, dim):
             # Dense, for matmuls would copy an operand each time that it is used.
             parts = _gather(qkv, index, shape.patches).contiguous()
             q, k, v = parts
@@ -354,11 +355,12 @@ def _window_attention_backward(
             grads = torch.empty_like(parts)
             dq, dk, dv = grads
             _matmul(weights.to(grad.dtype).mT, grad, out=dv)
-            if factor is not None:
-                ds, scale = ds.mul_(factor), 1.0
-            ds = ds.to(q.dtype)
-            _matmul(ds, k, scale, out=dq)
-            _matmul(ds.mT, q, scale, out=dk)
+            if factor is None:
+                g, of_g = ds.to(q.dtype), scale
+            else:
+                g, of_g = ds.mul_(factor).to(q.dtype), 1.0
+            _matmul(g, k, of_g, out=dq)
+            _matmul(g.mT, q, of_g, out=dk)
             if factor is not None:
                 grad_logit += _subtract_along(dq, q)
                 _subtract_along(dk, k)

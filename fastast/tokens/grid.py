@@ -9,10 +9,12 @@ is a row that is not in the table, so what is not there is never computed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastast.random import random_bits
@@ -29,12 +31,17 @@ class PatchGeometry:
         stride: between patches; smaller than ``patch_size`` makes them overlap. Default: no
             overlap.
         prefix: rows before each clip's patches, for class tokens.
+        time_pool: frames that are pooled into one before patches are cut, C in From Coarse to Fine
+            (section 2.3). ``patch_size`` and ``stride`` count pooled frames.
+        time_pooling: ``"average"`` or ``"max"``.
     """
 
     num_mels: int = 128
     patch_size: tuple[int, int] = (16, 16)
     stride: tuple[int, int] | None = None
     prefix: int = 0
+    time_pool: int = 1
+    time_pooling: Literal["average", "max"] = "average"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
@@ -48,6 +55,24 @@ class PatchGeometry:
                 f"patch_size[0] ({self.patch_size[0]} mel bins) exceeds num_mels "
                 f"({self.num_mels}): use a lower patch or more mel bins"
             )
+        if self.time_pool < 1:
+            raise ValueError(f"time_pool must be at least 1 frame, got {self.time_pool}")
+        if self.time_pooling not in ("average", "max"):
+            raise ValueError(f"time_pooling must be 'average' or 'max', got {self.time_pooling!r}")
+
+    @property
+    def patch_frames(self) -> int:
+        """Frames that a patch covers, before they are pooled."""
+        return self.patch_size[1] * self.time_pool
+
+    @property
+    def stride_frames(self) -> int:
+        """Frames from one patch to the next, before they are pooled."""
+        return self.stride[1] * self.time_pool
+
+    def with_patch_size(self, patch_size: tuple[int, int]) -> PatchGeometry:
+        """The same spectrograms cut into patches of another size, without overlap (FlexiAST)."""
+        return replace(self, patch_size=patch_size, stride=None)
 
     @property
     def freq_patches(self) -> int:
@@ -56,7 +81,8 @@ class PatchGeometry:
 
     def time_patches(self, frames: int | np.ndarray) -> int | np.ndarray:
         """Patches along time of a clip of so many frames; frames left over are not used."""
-        patches = (np.asarray(frames) - self.patch_size[1]) // self.stride[1] + 1
+        # Pooling first and cutting then gives as many: whole groups of frames are counted in both.
+        patches = (np.asarray(frames) - self.patch_frames) // self.stride_frames + 1
         patches = np.maximum(patches, 0)
         return int(patches) if np.ndim(frames) == 0 else patches
 
@@ -68,7 +94,7 @@ class PatchGeometry:
 
     def min_frames(self) -> int:
         """Frames of the shortest clip that has a token."""
-        return self.patch_size[1]
+        return self.patch_frames
 
     def grid(
         self,
@@ -128,12 +154,12 @@ class PatchGeometry:
         )
         freq[row] = patch // width[clip]
         time[row] = patch % width[clip]
-        first_frame[row] = starts[clip] + time[row] * self.stride[1]
+        first_frame[row] = starts[clip] + time[row] * self.stride_frames
         clip_width[row] = width[clip]
         prefix_id[:] = -1
         for index in range(self.prefix):
             prefix_id[begin[counts > 0] + index] = index
-        return PatchGrid(segments, *(torch.from_numpy(column) for column in table))
+        return PatchGrid(segments, *(torch.from_numpy(column) for column in table), self)
 
 
 @dataclass(frozen=True)
@@ -147,6 +173,7 @@ class PatchGrid:
         time: int32 ``[rows]``, the patch's place along time.
         clip_width: int32 ``[rows]``, patches along time of the token's clip.
         prefix_id: int32 ``[rows]``, which prefix token the row holds; -1 on patches.
+        geometry: how the patches were cut. Traced code is compiled anew for each.
     """
 
     segments: Segments
@@ -155,6 +182,7 @@ class PatchGrid:
     time: Tensor
     clip_width: Tensor
     prefix_id: Tensor
+    geometry: PatchGeometry
 
     @property
     def num_rows(self) -> int:
@@ -164,17 +192,48 @@ class PatchGrid:
     def _tables(self) -> tuple[Tensor, ...]:
         return self.first_frame, self.freq, self.time, self.clip_width, self.prefix_id
 
+    def visible(
+        self, masked: Tensor, segments: Segments, num_rows: int
+    ) -> tuple[PatchGrid, Tensor]:
+        """The list without the rows that are masked, for encoding what is left. Waits for nothing.
+
+        Args:
+            masked: bool ``[self.num_rows]``, see :mod:`fastast.tokens.masking`.
+            segments: of the tokens that are left, prefix rows included. How many those are is known
+                beforehand (``mask.num_kept``), so they are made in the loader, where a budget can
+                fix their size.
+            num_rows: of the new list, dead rows included.
+
+        Returns:
+            The shorter list, and int64 ``[num_rows]``: each of its rows' row in this list, or
+            ``self.num_rows`` on dead rows.
+        """
+        kept = self.segments.row_mask(self.num_rows) & ~masked
+        # The row that is the n-th to be kept is the first that has n kept ones up to it.
+        wanted = torch.arange(1, num_rows + 1, device=kept.device)
+        rows = torch.searchsorted(kept.cumsum(0), wanted)
+        # A dead row is listed as :meth:`PatchGeometry.grid` lists it.
+        dead = dict.fromkeys(("first_frame", "freq", "time", "clip_width"), 0) | {"prefix_id": -1}
+        tables = {
+            name: F.pad(getattr(self, name), (0, 1), value=value)[rows]
+            for name, value in dead.items()
+        }
+        return PatchGrid(segments, **tables), rows
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PatchGrid:
         """The same list on another device."""
         return PatchGrid(
             self.segments.to(device, non_blocking),
             *(table.to(device, non_blocking=non_blocking) for table in self._tables()),
+            self.geometry,
         )
 
     def pin_memory(self) -> PatchGrid:
         """Page-locks the tables, so that :meth:`to` can overlap with computation."""
         return PatchGrid(
-            self.segments.pin_memory(), *(table.pin_memory() for table in self._tables())
+            self.segments.pin_memory(),
+            *(table.pin_memory() for table in self._tables()),
+            self.geometry,
         )
 
 
@@ -186,15 +245,28 @@ def kept_patches(num_patches: int | np.ndarray, drop: float) -> int | np.ndarray
     return int(kept) if np.ndim(num_patches) == 0 else kept
 
 
-def random_keep(num_patches: int, drop: float, seed: int, epoch: int, clip: int) -> np.ndarray:
-    """Patches of a clip that survive token dropping: sorted, without replacement.
+def random_keep(
+    num_patches: Sequence[int] | np.ndarray,
+    drop: float,
+    seed: int,
+    epoch: int,
+    clips: Sequence[int] | np.ndarray,
+) -> list[np.ndarray]:
+    """Patches that survive token dropping: for each clip, sorted, without replacement.
 
-    ElasticAST's code (not its paper) trains with ``drop=0.1``.
+    ElasticAST's code (not its paper) trains with ``drop=0.1``. The draws are those of
+    :class:`~fastast.tokens.UnstructuredMask`, for the loader's keep lists.
 
     Args:
-        num_patches: of the clip; :func:`kept_patches` of them survive.
+        num_patches: of each clip; :func:`kept_patches` of them survive.
         drop: share to drop, in [0, 1).
-        seed, epoch, clip: keys of the draw, see :mod:`fastast.random`.
+        seed, epoch, clips: keys of the draws, see :mod:`fastast.random`.
     """
-    keys = random_bits(seed, epoch, torch.tensor([clip]), "token drop", num_patches)[0]
-    return np.sort(keys.argsort().numpy()[: kept_patches(num_patches, drop)])
+    num_patches, ids = np.asarray(num_patches, np.int64), np.asarray(clips, np.int64)
+    most = int(num_patches.max(initial=0))
+    bits = random_bits(seed, epoch, torch.from_numpy(ids), "token drop", most).numpy()
+    kept = kept_patches(num_patches, drop)
+    return [
+        np.sort(row[:patches].argsort()[:count])
+        for row, patches, count in zip(bits, num_patches, kept, strict=True)
+    ]

@@ -9,6 +9,7 @@ from fastast.train.recipe import (
     DataConfig,
     FrontendConfig,
     ModelConfig,
+    PhaseConfig,
     Recipe,
     TrainConfig,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "FrontendConfig",
     "ModelConfig",
     "OptimConfig",
+    "PhaseConfig",
     "Recipe",
     "RunDirectory",
     "Score",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+
+from torch import nn
 
 from fastast.data import (
     AudioDataset,
@@ -14,16 +16,17 @@ from fastast.data import (
     Planner,
     Sampler,
     mixed_frame_shifts,
+    padded_samples,
 )
 from fastast.data.datasets import load_manifests
 from fastast.frontend import MelFrontend
 from fastast.methods import Supervised
-from fastast.models import create_model
+from fastast.models import FlexiAST, create_model
 from fastast.nn import MelFilterbank
-from fastast.ops.mel_filterbank import hop_from_ms
+from fastast.ops import Framing, hop_from_ms
 from fastast.segments import TokenBudget
 from fastast.tokens import PatchGeometry
-from fastast.train.recipe import DataConfig, Recipe
+from fastast.train.recipe import FILTERBANK_SETTINGS, DataConfig, Recipe
 
 PARTS = ("train", "validation", "test")
 
@@ -78,23 +81,25 @@ def load_data(config: DataConfig, parts: Collection[str] = PARTS) -> Splits:
 
 
 def build_filterbank(recipe: Recipe) -> MelFilterbank:
-    """The filterbank of a recipe."""
+    """The filterbank of a recipe.
+
+    Raises:
+        ValueError: settings that contradict each other or the sample rate.
+    """
     front, rate = recipe.frontend, recipe.data.sample_rate
-    band = {"low_freq": front.low_freq, "high_freq": front.high_freq}
-    length = (
-        {"window_length": hop_from_ms(front.frame_length_ms, rate)}
-        if front.preset == "htsat"
-        else {"frame_length_ms": front.frame_length_ms}
-    )
-    return MelFilterbank(
-        rate,
-        front.num_mels,
-        preset=front.preset,
-        mean=front.mean,
-        std=front.std,
-        **length,
-        **{name: freq for name, freq in band.items() if freq is not None},
-    )
+    settings = {name: getattr(front, name) for name in FILTERBANK_SETTINGS}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if front.preset == "htsat":  # which counts in samples
+        settings["window_length"] = hop_from_ms(settings.pop("frame_length_ms"), rate)
+    try:
+        return MelFilterbank(rate, preset=front.preset, mean=front.mean, std=front.std, **settings)
+    except ValueError as error:
+        raise ValueError(f"frontend, at data.sample_rate={rate}: {error}") from error
+
+
+def framing_of(recipe: Recipe) -> Framing:
+    """What frame counts depend on in a recipe's filterbank."""
+    return build_filterbank(recipe).plan.framing
 
 
 def build_method(recipe: Recipe, num_classes: int, *, multi_label: bool = False) -> Supervised:
@@ -122,9 +127,13 @@ def build_method(recipe: Recipe, num_classes: int, *, multi_label: bool = False)
             "several: use binary_cross_entropy"
         )
     settings = {k: v for k, v in asdict(recipe.model).items() if v is not None and k != "name"}
-    if name.startswith("ast_"):
-        if front.fixed_seconds is None:
-            raise ValueError(f"{name} has a fixed input length: set frontend.fixed_seconds")
+    if name.startswith("ast_") and front.fixed_seconds is None:
+        raise ValueError(f"{name} has a fixed input length: set frontend.fixed_seconds")
+    if name.startswith(("ast_", "flexi_ast_")) and front.fixed_seconds is not None:
+        if recipe.model.input_frames is not None:
+            raise ValueError(
+                "model.input_frames follows from frontend.fixed_seconds: set one of them alone"
+            )
         settings["input_frames"] = fixed_frames(recipe, front.fixed_seconds, finest_shift(recipe))
     if name.startswith("hts_at_") and front.fixed_seconds is not None:
         raise ValueError(
@@ -135,8 +144,11 @@ def build_method(recipe: Recipe, num_classes: int, *, multi_label: bool = False)
         model = create_model(name, num_classes=num_classes, num_mels=front.num_mels, **settings)
     except TypeError as error:  # such as "got an unexpected keyword argument 'stride'"
         raise ValueError(f"model: {name} does not take these settings: {error}") from error
+    if augment.patch_sizes:
+        flexible(model)
     frontend = MelFrontend(
         build_filterbank(recipe),
+        dither_in_evaluation=front.dither_in_evaluation,
         roll=augment.roll,
         gain_db=augment.gain_db,
         freq_mask=augment.freq_mask,
@@ -157,6 +169,31 @@ def build_method(recipe: Recipe, num_classes: int, *, multi_label: bool = False)
     )
 
 
+def flexible(model: nn.Module) -> FlexiAST:
+    """A model whose patches may have any size.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(model, FlexiAST):
+        raise ValueError(
+            f"patch sizes can be chosen for FlexiAST alone (model.name flexi_ast_*); this is "
+            f"{type(model).__name__}"
+        )
+    return model
+
+
+def size_pairs(patch_sizes: Sequence[int | Sequence[int]]) -> list[tuple[int, int]]:
+    """Patch sizes as mel bins and frames; one number stands for both."""
+    pairs = [(size, size) if isinstance(size, int) else tuple(size) for size in patch_sizes]
+    for pair in pairs:
+        if len(pair) != 2 or min(pair) < 1:
+            raise ValueError(
+                f"a patch size must be mel bins and frames, or one number for both; got {pair}"
+            )
+    return pairs
+
+
 def finest_shift(recipe: Recipe) -> float:
     """The finest frame shift that the recipe trains at, in milliseconds."""
     return mixed_frame_shifts(recipe.frontend.frame_shift_ms, [min(recipe.frontend.compression)])[0]
@@ -166,7 +203,7 @@ def fixed_frames(recipe: Recipe, seconds: float, frame_shift_ms: float) -> int:
     """Frames of a clip of so many seconds."""
     rate = recipe.data.sample_rate
     shift = hop_from_ms(frame_shift_ms, rate)
-    return build_filterbank(recipe).plan.num_frames(int(seconds * rate), shift)
+    return int(framing_of(recipe).num_frames(int(seconds * rate), shift))
 
 
 def make_loader(
@@ -189,8 +226,9 @@ def make_loader(
         recipe: all settings.
         dataset: the clips.
         geometry: of the model's patches.
-        training: shuffle, augment, mix the resolutions and drop tokens as the recipe says.
-            Otherwise clips come once, at one resolution, whole.
+        training: shuffle, augment, mix the resolutions and patch sizes and drop tokens as the
+            recipe says. Otherwise clips come once, at one resolution, whole, in patches of
+            ``geometry``.
         seconds: cut clips to this length instead of ``data.max_seconds``; where the recipe fixes
             the input size, fix it to this.
         compression: factor on ``frontend.frame_shift_ms``, if not training. Default: the least
@@ -214,12 +252,14 @@ def make_loader(
                 "a fixed input size has one time resolution"
             )
         dense_frames = fixed_frames(recipe, seconds or front.fixed_seconds, shifts[0])
-    plan = build_filterbank(recipe).plan
+    framing = framing_of(recipe)
     limit = recipe.data.max_seconds if seconds is None else seconds
     tokens = train.batch_tokens
     crop = mixup = None
+    patch_sizes = []
     sampler = Sampler(shuffle=False)
     if training:
+        patch_sizes = size_pairs(augment.patch_sizes or [])
         if augment.crop_seconds is not None:
             crop = Crop(tuple(augment.crop_seconds), augment.crop)
         if augment.mixup:
@@ -229,14 +269,16 @@ def make_loader(
         rate = recipe.data.sample_rate
         samples = int(max(dataset.lengths))
         samples = samples if limit is None else min(samples, int(limit * rate))
-        frames = dense_frames or plan.num_frames(samples, hop_from_ms(shifts[0], rate))
-        tokens = max(tokens, geometry.num_tokens(max(frames, geometry.min_frames())))
+        hop = hop_from_ms(shifts[0], rate)
+        samples = padded_samples(samples, geometry.min_frames(), framing, hop)
+        frames = dense_frames or int(framing.num_frames(samples, hop))
+        tokens = max(tokens, geometry.num_tokens(frames))
     planner = Planner(
         dataset,
         geometry,
+        patch_sizes=patch_sizes,
         budget=TokenBudget(tokens, train.batch_clips, tokens),
-        window=plan.window_length,
-        padding=plan.padding,
+        framing=framing,
         frame_shift_ms=shifts,
         max_seconds=limit,
         crop=crop,

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 
 from fastast.data import COMPRESSION_RATES, mixed_frame_shifts
-from fastast.data.frames import samples_for
 from fastast.ops.mel_filterbank import frame_counts, hop_from_ms
-from fastast.ops.mel_plan import Padding
 
 RATES = (8000, 11025, 16000, 22050, 32000, 44100, 48000)
 
@@ -37,15 +35,3 @@ def test_frame_counts():
     assert frame_counts(samples, 200, 80).tolist() == [0, 0, 1, 1, 2, 11]
     assert frame_counts(199, 200, 400) == 0
     assert frame_counts(np.array([600, 600]), 200, np.array([100, 400])).tolist() == [5, 2]
-    for frames in (1, 2, 17):
-        samples = samples_for(frames, 200, 80)
-        assert frame_counts(samples, 200, 80) == frames == frame_counts(samples - 1, 200, 80) + 1
-
-
-@pytest.mark.parametrize("padding", list(Padding))
-@pytest.mark.parametrize("shift", [80, 81, 400])
-def test_samples_for_is_the_inverse_of_frame_counts(padding, shift):
-    for frames in (1, 2, 17):
-        samples = samples_for(frames, 200, shift, padding)
-        assert frame_counts(samples, 200, shift, padding) == frames
-        assert frame_counts(samples - 1, 200, shift, padding) == frames - 1

@@ -17,13 +17,24 @@ PATCHES = {
     "tall": PatchGeometry(12, (12, 2)),
     "flat": PatchGeometry(5, (1, 6), (1, 3), prefix=1),
     "prefixed": PatchGeometry(11, (4, 4), (3, 3), prefix=2),
+    "average-pooled": PatchGeometry(11, (4, 2), (3, 1), time_pool=2),
+    "max-pooled": PatchGeometry(12, (4, 1), prefix=1, time_pool=3, time_pooling="max"),
 }
 LENGTHS = [9, 3, 0, 25, 4, 1, 10]  # some shorter than a patch, wherever they may be
 every_geometry = pytest.mark.parametrize("geometry", PATCHES.values(), ids=PATCHES)
 
 
+def pooled(clip: Tensor, geometry: PatchGeometry) -> Tensor:
+    """``[..., frames, mels]`` with whole groups of frames pooled."""
+    if geometry.time_pool == 1 or clip.shape[-2] < geometry.time_pool:
+        return clip[..., : clip.shape[-2] // geometry.time_pool, :]
+    pool = F.avg_pool1d if geometry.time_pooling == "average" else F.max_pool1d
+    return pool(clip.mT, geometry.time_pool).mT
+
+
 def unfolded(clip: Tensor, geometry: PatchGeometry) -> Tensor:
     """All patches of a clip, ``[patches, height * width]``, frequency-major."""
+    clip = pooled(clip, geometry)
     if len(clip) < geometry.patch_size[1]:
         return clip.new_zeros(0, geometry.patch_size[0] * geometry.patch_size[1])
     return F.unfold(clip.T[None, None], geometry.patch_size, stride=geometry.stride)[0].T
@@ -83,7 +94,9 @@ def test_patchify_and_a_linear_layer_are_a_convolution(geometry):
     weight = torch.randn(7, 1, *geometry.patch_size, dtype=torch.float64)
     packed = Spectrograms.from_dense(clip)
     tokens = patchify(packed.frames, geometry.grid(packed.segments), geometry)[geometry.prefix :]
-    expected = F.conv2d(clip.mT[None], weight, stride=geometry.stride)[0].flatten(1).T
+    expected = (
+        F.conv2d(pooled(clip, geometry).mT[None], weight, stride=geometry.stride)[0].flatten(1).T
+    )
     torch.testing.assert_close(tokens @ weight.flatten(1).T, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -176,6 +189,8 @@ def test_grid_moves_whole():
     [
         ({"patch_size": (0, 4)}, r"patch_size \(0, 4\)"),
         ({"stride": (4, -1)}, r"stride \(4, -1\)"),
+        ({"time_pool": 0}, r"time_pool must be at least 1"),
+        ({"time_pooling": "mean"}, r"time_pooling must be 'average' or 'max', got 'mean'"),
         ({"num_mels": 8}, r"patch_size\[0\] \(16 mel bins\) exceeds num_mels \(8\)"),
     ],
 )
@@ -218,26 +233,30 @@ def test_wrong_frames_say_so(shape):
     "patches, drop, kept", [(100, 0.1, 90), (10, 0.25, 7), (64, 0.0, 64), (5, 0.99, 1), (0, 0.5, 0)]
 )
 def test_random_keep_counts(patches, drop, kept):
-    places = random_keep(patches, drop, seed=0, epoch=0, clip=3)
+    (places,) = random_keep([patches], drop, seed=0, epoch=0, clips=[3])
     assert len(places) == kept
     assert (np.diff(places) > 0).all()
     assert set(places) <= set(range(patches))
 
 
 def test_random_keep_depends_on_its_keys_alone():
-    keys = {"seed": 1, "epoch": 2, "clip": 3}
-    first = random_keep(100, 0.5, **keys)
-    assert np.array_equal(first, random_keep(100, 0.5, **keys))
+    keys = {"seed": 1, "epoch": 2, "clips": [3]}
+    (first,) = random_keep([100], 0.5, **keys)
     for name in keys:
-        assert not np.array_equal(first, random_keep(100, 0.5, **(keys | {name: 9})))
+        other = {"clips": [9]} if name == "clips" else {name: 9}
+        assert not np.array_equal(first, random_keep([100], 0.5, **(keys | other))[0])
+    # Whatever else is in the batch.
+    several = random_keep([7, 100, 300, 0], 0.5, seed=1, epoch=2, clips=[5, 3, 4, 6])
+    assert np.array_equal(first, several[1])
+    assert [len(kept) for kept in several] == [3, 50, 150, 0]
+    assert random_keep([], 0.5, 1, 2, []) == []
 
 
 def test_random_keep_is_uniform():
     patches, clips = 20, 2000
     counts = np.zeros(patches)
     pairs = np.zeros((patches, patches))
-    for clip in range(clips):
-        kept = random_keep(patches, 0.5, seed=0, epoch=0, clip=clip)
+    for kept in random_keep([patches] * clips, 0.5, seed=0, epoch=0, clips=range(clips)):
         counts[kept] += 1
         pairs[np.ix_(kept, kept)] += 1
     # Each patch half of the time, and each pair 10 * 9 / (20 * 19) of it: within 5 sigma.
