@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastast.ops.mel_plan import Framing
 from fastast.segments import Segments, TokenBudget
-from fastast.tokens import PatchGeometry, PatchGrid
+from fastast.tokens import FoldGrid, PatchGeometry, PatchGrid
 
 if TYPE_CHECKING:
     from fastast.data.dataset import LeftOut
@@ -102,7 +102,7 @@ class Batch:
         frame_shift: int32 ``[S]``, samples per hop of each clip; 1 on empty segments.
         frames: the stream of mel frames that the waveforms yield.
         frame_rows: rows of that stream, dead ones included.
-        grid: the patches of those frames that become tokens.
+        grid: the patches of those frames that become tokens, as the model's geometry lists them.
         dense_frames: if not None, the model's input has a fixed length: the frame stream is to be
             padded and cut to ``[S, dense_frames, num_mels]``, and ``grid`` lists patches of that.
         targets: int64 ``[S]``, class indices, -100 on empty segments; or float32 ``[S, classes]``,
@@ -128,7 +128,7 @@ class Batch:
     frame_shift: Tensor
     frames: Segments
     frame_rows: int
-    grid: PatchGrid
+    grid: PatchGrid | FoldGrid
     dense_frames: int | None
     targets: Tensor
     clip_ids: Tensor

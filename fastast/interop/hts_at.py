@@ -49,7 +49,9 @@ def from_state_dict(weights: dict[str, Tensor], config: dict) -> HTSAT:
     converted["head.bias"] = weights["tscam_conv.bias"]
     # Averaged checkpoints hold it as a fraction.
     converted["bn0.num_batches_tracked"] = weights["bn0.num_batches_tracked"].long()
-    if "mean" in config or "std" in config:
+    if ("mean" in config) != ("std" in config):
+        raise ValueError("config has one of 'mean' and 'std': give both, or neither")
+    if "mean" in config:
         mean, spread = config["mean"], 2 * config["std"]
         eps = model.bn0.eps
         converted["bn0.running_mean"] = (weights["bn0.running_mean"] - mean) / spread

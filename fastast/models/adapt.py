@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastast.models.hts_at import resize_bias_table
 from fastast.models.vit import PatchEmbed
+from fastast.nn import WindowAttention
 from fastast.tokens import FactorisedPositions, GridPositions
 from fastast.tokens.resizing import resize_patch_kernel
 
@@ -144,3 +146,13 @@ def _(after: PatchEmbed, before: nn.Module, tensors: Tensors, change: Change) ->
         return {}
     kernel = tensors["proj.weight"].unflatten(1, (1, *old))
     return {"proj.weight": resize_patch_kernel(kernel, new, change.kernel).flatten(1)}
+
+
+@adapt_module.register
+def _(after: WindowAttention, before: nn.Module, tensors: Tensors, change: Change) -> Tensors:
+    """The table of biases, for windows of another size: biases stay with their offsets in
+    patches."""
+    name = "relative_position_bias_table"
+    if name not in tensors or before.window == after.window:
+        return {}
+    return {name: resize_bias_table(tensors[name], after.window)}

@@ -12,14 +12,17 @@ ten seconds is the published one, 256 x 256.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastast.models import flops
+from fastast.models.flops import Flops
 from fastast.models.registry import register_model
-from fastast.models.vit import Mlp, as_stream, init_vit_weights
+from fastast.models.vit import Mlp, PatchEmbed, as_stream, init_vit_weights
 from fastast.nn import MeanPool, WindowAttention
 from fastast.nn.drop_path import drop_path_factors
 from fastast.nn.frame_norm import FrameNorm
@@ -27,6 +30,9 @@ from fastast.ops.window_attention import window_attention_flops
 from fastast.ops.window_grids import WindowGrids
 from fastast.segments import Segments, Spectrograms
 from fastast.tokens import FoldGeometry, FoldGrid, fold_patches
+
+IMAGE_SIZE = 256
+"""Frames of a chunk of the published model."""
 
 FITS = ("pad", "stretch")
 NEIGHBOURS = 3
@@ -109,17 +115,15 @@ class Stage(nn.Module):
         return x if self.downsample is None else self.downsample(x)
 
 
-class FoldEmbed(nn.Module):
+class FoldEmbed(PatchEmbed):
     """Patches of the folded spectrograms, each projected to a token, and a LayerNorm."""
 
     def __init__(self, geometry: FoldGeometry, dim: int) -> None:
-        super().__init__()
-        self.geometry = geometry
-        self.proj = nn.Linear(geometry.patch_size[0] * geometry.patch_size[1], dim)
+        super().__init__(geometry, dim)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, frames: Tensor, grid: FoldGrid) -> Tensor:
-        return self.norm(self.proj(fold_patches(frames, grid, self.geometry)))
+        return self.norm(self.proj(fold_patches(frames, grid)))
 
 
 class HTSAT(nn.Module):
@@ -156,7 +160,7 @@ class HTSAT(nn.Module):
         num_classes: int,
         *,
         num_mels: int = 64,
-        image_size: int = 256,
+        image_size: int = IMAGE_SIZE,
         patch_size: tuple[int, int] = (4, 4),
         dim: int = 96,
         depths: Sequence[int] = (2, 2, 6, 2),
@@ -297,30 +301,31 @@ class HTSAT(nn.Module):
         logits, columns = self.frame_logits(inputs, grid, keys=keys)
         return self.pool(logits, columns)
 
-    def flops(self, frames: Iterable[int]) -> int:
-        """Floating-point operations of the matrix products of a forward pass.
+    def flops(self, tokens: Sequence[int] | np.ndarray) -> Flops:
+        """Of clips of so many tokens each, patches of the first stage; see
+        :mod:`fastast.models.flops`.
 
-        Args:
-            frames: of each clip.
+        The first product's input needs a gradient, for the batch normalisation before it.
         """
-        sizes = self.geometry.stage_sizes(list(frames))
+        height, width = self.geometry.chunk_patches
+        chunks = np.asarray(tokens, np.int64) // (height * width)
+        sizes = self.geometry.stage_sizes(chunks)
         rows = [int(grids.prod(1).sum()) for grids in sizes]
-        total = 2 * rows[0] * self.patch_embed.proj.weight.numel()
+        total = flops.embedding(self.patch_embed, rows[0])
         for stage, count, grids, window in zip(
             self.layers, rows, sizes, self.geometry.windows, strict=True
         ):
             for index, block in enumerate(stage.blocks):
-                linears = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
-                total += 2 * count * sum(linear.weight.numel() for linear in linears)
+                dim, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
                 windows = WindowGrids.from_sizes(grids, window, index % 2 * (window // 2))
-                heads = block.attn.num_heads
-                total += window_attention_flops(
-                    windows.host_windows, heads, block.attn.proj.in_features // heads
-                )
+                total += flops.linear(count, dim, 4 * dim) + 2 * flops.linear(count, dim, hidden)
+                total += window_attention_flops(windows.host_windows, 1, dim)
             if stage.downsample is not None:
-                total += 2 * (count // 4) * stage.downsample.reduction.weight.numel()
+                merge = stage.downsample.reduction
+                total += flops.linear(count // 4, merge.in_features, merge.out_features)
         columns = rows[-1] // self.last_grid[0]
-        return total + 2 * columns * self.head.weight.numel()
+        head = flops.linear(columns, self.head.in_features, self.head.out_features)
+        return Flops(total + head, 0)
 
 
 def _alive(inputs: Spectrograms | Tensor, grid: FoldGrid, rows: int) -> Tensor:
@@ -366,12 +371,13 @@ def resize_windows(
             f"{1 + max(stages.values(), default=-1)} stages"
         )
     return {
-        key: _resize_table(value, windows[stages[key]], mode) if key in stages else value
+        key: resize_bias_table(value, windows[stages[key]], mode) if key in stages else value
         for key, value in state_dict.items()
     }
 
 
-def _resize_table(table: Tensor, window: int, mode: str) -> Tensor:
+def resize_bias_table(table: Tensor, window: int, mode: str = "crop") -> Tensor:
+    """One table ``[(2 w - 1)**2, heads]`` of :func:`resize_windows`, for windows of ``window``."""
     old, new = round(table.shape[0] ** 0.5), 2 * window - 1
     if old == new:
         return table

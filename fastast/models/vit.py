@@ -10,7 +10,7 @@ import operator
 import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from fastast.models.registry import register_model
 from fastast.nn import PackedAttention
 from fastast.segments import Segments, Spectrograms
-from fastast.tokens import PatchGeometry, PatchGrid, patchify, resize_patch_kernel
+from fastast.tokens import FoldGrid, PatchGeometry, PatchGrid, patchify, resize_patch_kernel
+
+Grid = TypeVar("Grid", PatchGrid, FoldGrid)
+"""What a geometry makes of a batch's lengths."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,8 @@ class PatchEmbed(nn.Module):
 
 
 def as_stream(
-    inputs: Spectrograms | Tensor, grid: PatchGrid | None, geometry: PatchGeometry
-) -> tuple[Tensor, PatchGrid]:
+    inputs: Spectrograms | Tensor, grid: Grid | None, geometry: PatchGeometry
+) -> tuple[Tensor, Grid]:
     """Brings a model's input to a frame stream and its token list.
 
     Args:
@@ -163,7 +166,7 @@ def as_stream(
     return frames, grid
 
 
-def _warn_of_clips_without_tokens(grid: PatchGrid, geometry: PatchGeometry) -> None:
+def _warn_of_clips_without_tokens(grid: PatchGrid | FoldGrid, geometry: PatchGeometry) -> None:
     empty = (grid.segments.host_offsets.diff() == 0).nonzero().flatten().tolist()
     if empty:
         warnings.warn(

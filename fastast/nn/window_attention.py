@@ -85,7 +85,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim ({dim}) must be a multiple of num_heads ({num_heads})")
-        self.num_heads = num_heads
+        self.num_heads, self.window = num_heads, window
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.tau = nn.Parameter(torch.ones(num_heads)) if cosine else None

@@ -62,8 +62,10 @@ class FoldGeometry(PatchGeometry):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stride != self.patch_size or self.prefix:
-            raise ValueError("a folded spectrogram has patches that do not overlap, and no prefix")
+        if self.stride != self.patch_size or self.prefix or self.time_pool > 1:
+            raise ValueError(
+                "a folded spectrogram has patches that do not overlap, no prefix and no time_pool"
+            )
         merged = 2 ** (len(self.windows) - 1)
         for name, size, patch in (
             ("num_mels", self.num_mels, self.patch_size[0]),
@@ -83,8 +85,8 @@ class FoldGeometry(PatchGeometry):
     def chunks(self, frames: int | np.ndarray) -> int | np.ndarray:
         """Chunks of a clip of so many frames."""
         frames = np.asarray(frames)
-        chunks = np.where(frames > 0, np.maximum(-(-frames // self.chunk_frames), 1), 0)
-        chunks = np.where(frames > 0, np.maximum(chunks, self.stretch_to), chunks)
+        filled = np.maximum(-(-frames // self.chunk_frames), self.stretch_to)
+        chunks = np.where(frames > 0, filled, 0)
         return int(chunks) if chunks.ndim == 0 else chunks
 
     def time_patches(self, frames: int | np.ndarray) -> int | np.ndarray:
@@ -95,9 +97,8 @@ class FoldGeometry(PatchGeometry):
         """Frames of the shortest clip that has a token."""
         return 1
 
-    def stage_sizes(self, frames: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """Height and width of the clips' patch grids, int64 ``[clips, 2]``, for each stage."""
-        chunks = np.atleast_1d(self.chunks(np.asarray(frames, np.int64)))
+    def stage_sizes(self, chunks: np.ndarray) -> list[np.ndarray]:
+        """Height and width of patch grids of so many chunks, ``[clips, 2]``, for each stage."""
         height, width = self.chunk_patches
         return [
             np.stack([chunks * (height >> stage), (chunks > 0) * (width >> stage)], 1)
@@ -150,7 +151,8 @@ class FoldGeometry(PatchGeometry):
             torch.from_numpy(rows),
             torch.from_numpy(source),
             None if weight is None else torch.from_numpy(weight),
-            self._windows(lengths, budget, count),
+            self._windows(chunks, budget, count),
+            self,
         )
 
     def _taps(
@@ -183,11 +185,11 @@ class FoldGeometry(PatchGeometry):
         return source, weight
 
     def _windows(
-        self, lengths: np.ndarray, budget: TokenBudget | None, count: int
+        self, chunks: np.ndarray, budget: TokenBudget | None, count: int
     ) -> tuple[tuple[WindowGrids, WindowGrids], ...]:
         stages = []
         for stage, (window, sizes) in enumerate(
-            zip(self.windows, self.stage_sizes(lengths), strict=True)
+            zip(self.windows, self.stage_sizes(chunks), strict=True)
         ):
             limit = None
             if budget is not None:
@@ -226,6 +228,7 @@ class FoldGrid:
             chunks; -1 for zeros.
         weight: float32 ``[frames, taps]``, their shares; None where there is one tap.
         windows: of each stage, as they are and displaced by half a window.
+        geometry: that made it.
     """
 
     segments: Segments
@@ -234,6 +237,7 @@ class FoldGrid:
     source: Tensor
     weight: Tensor | None
     windows: tuple[tuple[WindowGrids, WindowGrids], ...]
+    geometry: FoldGeometry
 
     @property
     def num_rows(self) -> int:
@@ -279,20 +283,20 @@ def fold_frames(frames: Tensor, grid: FoldGrid) -> Tensor:
     return (taps * grid.weight.to(taps.dtype)[..., None]).sum(1)
 
 
-def fold_patches(frames: Tensor, grid: FoldGrid, geometry: FoldGeometry) -> Tensor:
+def fold_patches(frames: Tensor, grid: FoldGrid) -> Tensor:
     """The patches of the images, each flattened frequency by time like a convolution's kernel.
 
     Args:
         frames: ``[rows, num_mels]``, the frame stream.
         grid: of the batch.
-        geometry: that made it.
 
     Returns:
         ``[grid.num_rows, patch_freq * patch_time]`` in the dtype of ``frames``.
 
     Raises:
-        ValueError: ``frames`` does not have ``geometry.num_mels`` columns.
+        ValueError: ``frames`` does not have ``grid.geometry.num_mels`` columns.
     """
+    geometry = grid.geometry
     if frames.ndim != 2 or frames.shape[1] != geometry.num_mels:
         raise ValueError(
             f"frames must be [rows, {geometry.num_mels}] (num_mels), got {tuple(frames.shape)}"

@@ -9,6 +9,7 @@ ranks or what is trained, and the training loop hardly anything of phases.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from fastast.models.adapt import Change, adapt_state_dict
+from fastast.models.hts_at import IMAGE_SIZE
 from fastast.tokens import PatchGeometry
 from fastast.train.build import build_method, finest_shift
 from fastast.train.optim import parameter_groups
@@ -128,7 +130,8 @@ def _patch_ms(recipe: Recipe, method: nn.Module) -> float:
 
 
 def _by_frame_shift(recipe: Recipe, factor: float) -> Recipe:
-    """The frame shift grows; what augmentation counts in frames shrinks, to cover as much time."""
+    """The frame shift grows; what is counted in frames shrinks, to cover as much time: masks, and
+    HTS-AT's image."""
     front, augment = recipe.frontend, recipe.augment
     time_mask = augment.time_mask
     return replace(
@@ -139,7 +142,19 @@ def _by_frame_shift(recipe: Recipe, factor: float) -> Recipe:
             time_mask=time_mask if time_mask < 1 else max(round(time_mask / factor), 1),
             roll_frames=round(augment.roll_frames / factor),
         ),
+        model=_with_coarse_image(recipe.model, factor),
     )
+
+
+def _with_coarse_image(model: ModelConfig, factor: float) -> ModelConfig:
+    """HTS-AT's image stays square: a factor of 4 halves both of its sides, 256 to 128.
+
+    At other factors only its number of chunks goes down.
+    """
+    root = math.isqrt(int(factor))
+    if not model.name.startswith("hts_at_") or root**2 != factor:
+        return model
+    return replace(model, image_size=(model.image_size or IMAGE_SIZE) // root)
 
 
 def _by_pooling(kind: str):

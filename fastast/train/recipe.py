@@ -233,16 +233,16 @@ class ModelConfig:
     num_heads: int | list[int] | None = None
     max_time_patches: int | None = None
     pool: str | None = None
-    depths: list[int] | None = None
-    image_size: int | None = None
-    window: int | None = None
-    drop_path: float | None = None
-    fit: str | None = None
     input_frames: int | None = None
     resize: str | None = None
     distilled: bool | None = None
     time_pool: int | None = None
     time_pooling: Literal["average", "max"] | None = None
+    depths: list[int] | None = None
+    image_size: int | None = None
+    window: int | None = None
+    drop_path: float | None = None
+    fit: Literal["pad", "stretch"] | None = None
 
     def __post_init__(self) -> None:
         check_choices(self, "model")

@@ -9,7 +9,7 @@ from fastast.models.hts_at import SwinBlock
 from fastast.ops.mel_plan import slaney_triangles, window_function
 from fastast.ops.window_grids import WindowGrids
 from fastast.tokens import FoldGeometry, fold_frames
-from tests.interop.ssl_golden import SslGolden, dot_probe, fill_weight, formula_wave
+from tests.ssl_golden import SslGolden, dot_probe, formula_wave
 from tests.testing import formula_input
 
 MELS, CHUNK = 64, 256
@@ -105,16 +105,8 @@ def test_front_end(golden):
 @torch.inference_mode()
 def test_block(golden):
     fixture = golden("htsat_block_stage0_plain")
-    tensors = fixture.case["state_dict_keys"]["tensors"]
-    prefix = "layers.0.blocks.0."
     block = SwinBlock(96, 4, 8, 4.0)
-    block.load_state_dict(
-        {
-            key.removeprefix(prefix): fill_weight(key, dtype="float32", **entry)
-            for key, entry in tensors.items()
-            if entry["fill"] != "kept"
-        }
-    )
+    block.load_state_dict(fixture.weights("layers.0.blocks.0."))
     x = formula_input("input", (1, 4096, 96))[0]
     out = block(x, WindowGrids.from_sizes([(64, 64)], 8))[None]
     fixture.check_tokens("out", out)
@@ -134,6 +126,8 @@ def test_normalised_spectrograms(golden):
 
 def test_what_cannot_be_converted_says_so(golden):
     weights = golden("htsat_audioset_10s").state_dict()
+    with pytest.raises(ValueError, match="config has one of 'mean' and 'std'"):
+        from_reference(weights, "hts_at", {"mean": -30.0})
     del weights["sed_model.bn0.weight"]
     with pytest.raises(ValueError, match=r"bn0\.weight.*hts_at family"):
         from_reference(weights, "hts_at")

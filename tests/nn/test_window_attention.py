@@ -1,7 +1,6 @@
 """Window attention as a module: against textbook attention of each window, and published models."""
 
 import copy
-import json
 
 import numpy as np
 import pytest
@@ -9,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastast.nn import ContinuousPositionBias, MelFilterbank, WindowAttention
+from fastast.nn import ContinuousPositionBias, WindowAttention
 from fastast.ops import WindowBudget, WindowGrids
-from tests.testing import formula, formula_input
+from tests.ssl_golden import SslGolden
+from tests.testing import formula_input
 
 HEADS, DIM, WINDOW = 3, 24, 4
 SIZES = [(5, 9), (0, 2), (8, 8), (1, 3)]
@@ -168,53 +168,6 @@ def test_compiles_once(build):
 # Published models ------------------------------------------------------------------------------
 
 
-class Published:
-    """A stored run of an original implementation, and the weights that it ran with."""
-
-    def __init__(self, shared_dir, name):
-        folder = shared_dir / "fixtures" / "ssl_family"
-        index = json.loads((folder / "fixtures.json").read_text())
-        self.case = {case["name"]: case for case in index["cases"]}[name]
-        self.arrays = np.load(folder / self.case["file"])
-        if "state_dict" in self.case:
-            self.tensors = index["state_dicts"][self.case["state_dict"]]["tensors"]
-        else:
-            self.tensors = self.case["state_dict_keys"]["tensors"]
-
-    def weights(self, prefix):
-        """The float32 tensors whose names begin with ``prefix``, which is taken off."""
-        found = {}
-        for key, entry in self.tensors.items():
-            key = key.removeprefix("sed_model.")
-            if key.startswith(prefix) and entry["fill"] != "kept":
-                value = formula(key, int(np.prod(entry["shape"])))
-                value = {"v": value, "1+v": 1 + value, "1+|v|": 1 + abs(value)}[entry["fill"]]
-                value = value.astype(np.float32).reshape(entry["shape"])
-                found[key.removeprefix(prefix)] = torch.from_numpy(value)
-        return found
-
-    def close(self, name, value):
-        entry = self.case["arrays"][name]
-        stored = torch.from_numpy(self.arrays[name])
-        torch.testing.assert_close(
-            value.float(),
-            stored,
-            rtol=entry["rtol"],
-            atol=entry["atol"],
-            msg=lambda m: f"{name} {m}",
-        )
-
-    def check(self, name, tokens):
-        """``tokens [batch, length, dim]`` against what is stored of them."""
-        dim = tokens.shape[-1]
-        probe = torch.from_numpy(formula("probe", dim) * 50 / dim**0.5)
-        self.close(f"{name}_first", tokens[:, :8])
-        self.close(f"{name}_mean", tokens.mean(-1))
-        self.close(f"{name}_probe", tokens.double() @ probe)
-        if f"{name}_std" in self.arrays:
-            self.close(f"{name}_std", tokens.std(-1, correction=0))
-
-
 def linear(w, name, x):
     return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
 
@@ -232,49 +185,6 @@ def loaded(module, w):
     return module.eval()
 
 
-def swin_block(w, x, heads, size, shift):
-    grids = WindowGrids.from_sizes([(size, size)], 8, shift)
-    attention = loaded(WindowAttention(x.shape[-1], heads, 8), w)
-    x = x + attention(norm(w, "norm1", x[0]), grids)
-    return x + mlp(w, norm(w, "norm2", x))
-
-
-@torch.no_grad()
-def test_a_block_of_hts_at(shared_dir):
-    published = Published(shared_dir, "htsat_block_stage0_plain")
-    x = swin_block(
-        published.weights("layers.0.blocks.0."), formula_input("input", (1, 4096, 96)), 4, 64, 0
-    )
-    published.check("out", x)
-    published.close("out_last4", x[:, -4:])
-
-
-@torch.no_grad()
-def test_all_of_hts_at(shared_dir):
-    """Every stage, shifted blocks included, from the waveform on."""
-    published = Published(shared_dir, "htsat_audioset_1024frames")
-    samples = published.case["inputs"]["shape"][1]
-    wave = formula("wave", samples) * 5
-    wave += 0.3 * np.sin(2 * np.pi * 440 * np.arange(samples) / 32000)
-    mel = MelFilterbank(preset="htsat")([torch.from_numpy(wave).float()]).frames  # [1024, 64]
-    w = published.weights("")
-    bn = (w[f"bn0.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
-    mel = F.batch_norm(mel, *bn, eps=1e-5)
-    image = mel.unflatten(0, (4, 256)).transpose(1, 2).flatten(0, 1)  # four stretches of time
-    x = F.conv2d(image[None, None], w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], 4)
-    x = norm(w, "patch_embed.norm", x.flatten(2).transpose(1, 2))
-    published.check("patch_embed", x)
-    for stage, (depth, heads, size) in enumerate([(2, 4, 64), (2, 8, 32), (6, 16, 16), (2, 32, 8)]):
-        for block in range(depth):
-            prefix = f"layers.{stage}.blocks.{block}."
-            x = swin_block(published.weights(prefix), x, heads, size, 4 * (block % 2))
-        if stage < 3:
-            x = x.unflatten(1, (size // 2, 2, size // 2, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
-            x = norm(w, f"layers.{stage}.downsample.norm", x.flatten(1, 2))
-            x = linear(w, f"layers.{stage}.downsample.reduction", x)
-        published.check(f"stage{stage}", x)
-
-
 def sincos(dim):
     """Audio-MAE's table: the coordinates of token k are k mod 64 and k div 64."""
     k = torch.arange(512, dtype=torch.float64)
@@ -288,7 +198,7 @@ def sincos(dim):
 @torch.no_grad()
 def test_the_decoder_of_audio_mae(shared_dir):
     """Cosine scores, continuous bias, shifts of (2, 0); its encoder, in plain PyTorch, before."""
-    published = Published(shared_dir, "mae_pretrain_vitb_swin")
+    published = SslGolden(shared_dir, "mae_pretrain_vitb_swin")
     image = formula_input("input", (2, 1, 1024, 128))
     w = {k: v for k, v in published.weights("").items() if "locks." not in k}
     x = F.conv2d(image, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], 16)
@@ -306,9 +216,9 @@ def test_the_decoder_of_audio_mae(shared_dir):
         x = x + linear(b, "attn.proj", mixed.transpose(1, 2).flatten(2))
         x = x + mlp(b, norm(b, "norm2", x, 1e-6))
         if index == 0:
-            published.check("enc_block0", x)
+            published.check_tokens("enc_block0", x)
     x = norm(w, "norm", x, 1e-6)
-    published.check("latent", x)
+    published.check_tokens("latent", x)
 
     x = linear(w, "decoder_embed", x)
     full = torch.cat([x[:, 1:], w["mask_token"].expand(2, 410, -1)], 1)
@@ -323,5 +233,5 @@ def test_the_decoder_of_audio_mae(shared_dir):
         x = x + norm(b, "norm1", attention(x, grids), 1e-6)
         x = x + norm(b, "norm2", mlp(b, x), 1e-6)
         if index < 2:
-            published.check(f"dec_block{index}", x.unflatten(0, (2, 512)))
-    published.check("dec_blocks_out", x.unflatten(0, (2, 512)))
+            published.check_tokens(f"dec_block{index}", x.unflatten(0, (2, 512)))
+    published.check_tokens("dec_blocks_out", x.unflatten(0, (2, 512)))

@@ -69,7 +69,10 @@ def test_recipe_trains(path, setting, tones, tmp_path):
     family = recipe.model.name.rpartition("_")[0]
     recipe.data.kind, recipe.data.root, recipe.data.options = "folder", str(tones), {}
     recipe.data.validation = 0.2
-    recipe.model = replace(recipe.model, name=f"{family}_tiny", dim=16, depth=1, num_heads=1)
+    small = {"dim": 16, "depth": 1, "num_heads": 1}
+    if family == "hts_at":
+        small = {"dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}
+    recipe.model = replace(recipe.model, name=f"{family}_tiny", **small)
     recipe.train = replace(recipe.train, max_steps=2, max_tokens=None, batch_clips=2, device="cpu")
     fit(recipe, tmp_path, quiet=True)
     phases = RunDirectory(tmp_path).metrics("phase")

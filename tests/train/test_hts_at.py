@@ -10,6 +10,7 @@ from fastast.train import (
     AugmentConfig,
     FrontendConfig,
     ModelConfig,
+    PhaseConfig,
     RunDirectory,
     build_method,
     evaluate_over,
@@ -19,6 +20,7 @@ from fastast.train import (
     make_loader,
 )
 from fastast.train.loop import _Training
+from fastast.train.phases import phase_recipe
 from fastast.train.predict import predict_files
 
 
@@ -137,6 +139,21 @@ def test_ranks_go_on_from_the_mean_of_their_statistics(recipe):
     changed = {n for n, value in method.named_buffers() if not torch.equal(value, before[n])}
     assert changed == {"model.bn0.running_var"}  # the mean is still 0
     assert method.model.bn0.running_var.eq(1.5).all()
+
+
+def test_coarse_to_fine(recipe, tmp_path):
+    """A frame shift four times as long, on an image of half the size; then as it stands."""
+    recipe.frontend.compression, recipe.model.image_size = [1.0], 64
+    recipe.train = replace(recipe.train, epochs=1, average="last")
+    recipe.phases = [
+        PhaseConfig(compression=4.0, keep_moments=True),
+        PhaseConfig(keep_moments=True),
+    ]
+    assert phase_recipe(recipe, 0).model.image_size == 32
+    assert phase_recipe(recipe, 1).model.image_size == 64
+    fit(recipe, tmp_path, quiet=True)
+    coarse, fine = RunDirectory(tmp_path).metrics("phase")
+    assert 2 * coarse["flops"] < fine["flops"]  # most clips do not fill their last chunk
 
 
 def test_masks_have_the_mean_value(recipe):

@@ -22,10 +22,24 @@ class SslGolden:
         self.case = cases[name]
         self.arrays = np.load(folder / self.case["file"])
 
+    @property
+    def tensors(self) -> dict[str, dict]:
+        """What the weights that the original ran with are: shapes and rules, by published key."""
+        if "state_dict" in self.case:
+            return self.index["state_dicts"][self.case["state_dict"]]["tensors"]
+        return self.case["state_dict_keys"]["tensors"]
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights the original ran with; empty where it made them itself (fill ``kept``)."""
-        tensors = self.index["state_dicts"][self.case["state_dict"]]["tensors"]
-        return {key: fill_weight(key, **entry) for key, entry in tensors.items()}
+        """The weights; zeros where the original made them itself (``kept``)."""
+        return {key: fill_weight(key, **entry) for key, entry in self.tensors.items()}
+
+    def weights(self, prefix: str) -> dict[str, Tensor]:
+        """Those filled by a rule whose names begin with ``prefix``, which is taken off."""
+        return {
+            bare_key(key).removeprefix(prefix): fill_weight(key, **entry)
+            for key, entry in self.tensors.items()
+            if bare_key(key).startswith(prefix) and entry["fill"] != "kept"
+        }
 
     def check(self, name: str, value: Tensor | np.ndarray) -> None:
         """Asserts agreement with a stored array within its stated tolerance."""
@@ -59,12 +73,16 @@ def dot_probe(x: Tensor) -> Tensor:
     return (x.double() @ probe).to(x.dtype)
 
 
-def fill_weight(key: str, shape: list[int], dtype: str, fill: str) -> Tensor:
+def bare_key(key: str) -> str:
+    """A published key without what holds the model."""
+    return key.removeprefix("module.").removeprefix("sed_model.")
+
+
+def fill_weight(key: str, shape: list[int], fill: str, dtype: str = "float32") -> Tensor:
     """A state-dict entry by its rule."""
     if fill == "kept":
-        return torch.empty(shape, dtype=getattr(torch, dtype)).zero_()
-    key = key.removeprefix("module.").removeprefix("sed_model.")
-    values = formula(key, int(np.prod(shape)))
+        return torch.zeros(shape, dtype=getattr(torch, dtype))
+    values = formula(bare_key(key), int(np.prod(shape)))
     values = {"v": values, "1+v": 1 + values, "1+|v|": 1 + np.abs(values)}[fill]
     return torch.from_numpy(values.astype(np.float32).reshape(shape))
 
