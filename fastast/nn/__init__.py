@@ -9,8 +9,8 @@ from fastast.nn.window_attention import ContinuousPositionBias, WindowAttention
 __all__ = [
     "AttentionPool",
     "ContinuousPositionBias",
-    "MeanPool",
     "FrameNorm",
+    "MeanPool",
     "MelFilterbank",
     "PackedAttention",
     "WindowAttention",
