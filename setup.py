@@ -1,4 +1,8 @@
-"""Runs CMake. The metadata is in pyproject.toml, the native build is in CMakeLists.txt."""
+"""Runs CMake. The metadata is in pyproject.toml, the native build is in CMakeLists.txt.
+
+The variable ``FASTAST_CUDA_ARCHS``, such as ``90`` or ``"80;90"``, names the GPU architectures to
+compile for; without it, all that are supported.
+"""
 
 import os
 import shutil
@@ -40,6 +44,9 @@ class CMakeBuild(build_ext):
         if ninja:
             # Given anew each time: pip's isolated builds leave behind a path that is gone.
             configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        # Given or taken back each time too: CMake would remember the last one's choice.
+        archs = os.environ.get("FASTAST_CUDA_ARCHS")
+        configure += [f"-DFASTAST_CUDA_ARCHS={archs}" if archs else "-UFASTAST_CUDA_ARCHS"]
         package = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "fastast"
 
         subprocess.run(configure, check=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import traceback
 from pathlib import Path
 
 import torch
 
-from bench import cases, report, results
+from bench import cases, ceilings, report, results
 from bench.clock import clock_for
 from bench.registry import GROUPS, Settings, find
 from bench.runner import measure, progress
@@ -37,7 +38,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--size", choices=SIZES, help="default: base on a GPU, else tiny")
-    parser.add_argument("--reps", type=int, help="repetitions; default: 50 on a GPU, else 10")
+    parser.add_argument(
+        "--reps",
+        type=int,
+        help="repetitions; default: 10 on a CPU, at most 30 on a GPU, where slow steps get fewer",
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -68,9 +73,9 @@ def run_group(group: str, options: argparse.Namespace, device: torch.device) -> 
         return []
 
     path = options.out / results.machine_folder(device.type) / f"{group}.json"
-    run = results.current_run(device.type)
+    run = results.current_run(device.type, machine_ceilings(device) if todo else None)
     done = results.measured_cases(path, run) if options.missing else set()
-    reps = options.reps or (10 if device.type == "cpu" else 50)
+    reps = options.reps or (10 if device.type == "cpu" else 30)
     clock = clock_for(device)
     failed = []
     for index, (bench, case) in enumerate(todo, 1):
@@ -87,11 +92,21 @@ def run_group(group: str, options: argparse.Namespace, device: torch.device) -> 
             continue
         results.merge(path, rows, run)
         print(f"{label}: {progress(rows)}", flush=True)
+        for row in rows:
+            if reason := row["disagrees"]:
+                print(f"{label}: {reason}", flush=True)
+                failed.append(f"{bench.name} {case.name}, {row['contender']}")
     return failed
 
 
+@functools.cache
+def machine_ceilings(device: torch.device) -> dict[str, float] | None:
+    """Measured once per run; a CPU's are not."""
+    return ceilings.measure(device) if device.type == "cuda" else None
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Runs what the arguments ask for; 1 if a case failed."""
+    """Runs what the arguments ask for; 1 if a case failed or a peer disagreed."""
     options = parse(arguments)
     device = torch.device(options.device)
     failed = []

@@ -14,24 +14,50 @@
 #   FASTAST_COMMIT   names the commit where the tree is a copy without git
 set -uo pipefail
 cd "$(dirname "$0")/.."
-export OUT="${OUT:-bench/results}" PYTHONUNBUFFERED=1 FASTAST_GPU_KERNELS=1
+export OUT="${OUT:-bench/results}" PYTHONUNBUFFERED=1 FASTAST_GPU_KERNELS="${FASTAST_GPU_KERNELS:-all}"
 PYTHON="${PYTHON:-python3}"
 SECONDS_PER_STAGE=480
-ALL=(build import tests ops e2e memory)
+ALL=(build import tests ops e2e memory sanitizer)
 
-# The files that have GPU tests; others may import packages that such a machine lacks.
+# For this machine's GPU alone: all architectures take six times as long.
+build() {
+    local capability
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
+    FASTAST_CUDA_ARCHS="${capability//./}" "$PYTHON" setup.py build_ext --inplace
+}
+
+# The files that have GPU tests; others may import packages that such a machine lacks. Most of their
+# time is the compiler's, so with pytest-xdist they share the cores; each worker holds a context on
+# the GPU, so there are no more than twelve.
 gpu_tests() {
-    local files
+    local files workers=()
     mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
     ((${#files[@]})) || return 5
-    "$PYTHON" -m pytest -q -m gpu "${files[@]}"
+    if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+        workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
+    fi
+    "$PYTHON" -m pytest -q -m gpu "${workers[@]}" "${files[@]}"
+}
+
+# Some machines have no compute-sanitizer, others a driver that refuses it: a small program shows.
+sanitizer() {
+    local tool
+    tool=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+    if ! timeout 120 "$tool" --error-exitcode 9 "$PYTHON" -m bench.sanitize --probe; then
+        echo "compute-sanitizer does not run here: $tool"
+        return 5
+    fi
+    # Without its cache every tensor is an allocation, whose ends are known to the sanitizer.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        "$tool" --tool memcheck --error-exitcode 9 "$PYTHON" -m bench.sanitize
 }
 
 run_stage() {
     case $1 in
-        build) "$PYTHON" setup.py build_ext --inplace ;;
+        build) build ;;
         import) "$PYTHON" -c 'import fastast; print(fastast.__version__, *fastast.list_models())' ;;
         tests) gpu_tests ;;
+        sanitizer) sanitizer ;;
         # A clean commit's finished cases are kept, so a stage that ran out of time goes on.
         ops | e2e | memory) "$PYTHON" -m bench "$1" --device cuda --out "$OUT" --missing ;;
     esac

@@ -58,6 +58,8 @@ class Contender:
         bytes: of the operation's inputs, outputs and gradients in its layout, each read or
             written once per pass; intermediate results are not counted.
         tokens: rows that it computes, padding included.
+        unchecked: why its outputs are not those of the reference, for a contender that is worth
+            seeing nevertheless; ``None``: they are compared before it is timed.
     """
 
     name: str
@@ -68,6 +70,23 @@ class Contender:
     flops: int | None = None
     bytes: int | None = None
     tokens: int | None = None
+    unchecked: str | None = None
+
+
+def peer(name: str, why: str, make: Callable[[str, str], Contender]) -> Contender:
+    """``make(name, why)``; if that raises, a contender whose outputs raise the same.
+
+    So what a machine or a version lacks is recorded as this peer's reason, and the case goes on.
+    """
+    try:
+        return make(name, why)
+    except Exception as error:
+        failure = error  # the name in the except clause is unbound after it
+
+    def outputs() -> dict[str, Tensor]:
+        raise failure
+
+    return Contender(name, why, outputs)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,12 @@ A file holds ``rows`` and the ``runs`` they come from. A row says what was measu
     peak_bytes                  of the allocator during a step, on a GPU
     error                       largest relative error against the float64 reference
     ours_over_this              our median, FLOPs and bytes over this contender's
+    unchecked                   why it is not compared with the reference
+    unavailable, disagrees      why a peer has no numbers: it cannot do the case, or does another
 
 What was not measured is ``null``. A run says on what and from which code: machine, versions,
-commit, whether the tree had uncommitted changes, and when. Measuring a case again replaces it.
+a GPU's measured ceilings (bench.ceilings), commit, whether the tree had uncommitted changes, and
+when. Measuring a case again replaces it.
 """
 
 from __future__ import annotations
@@ -48,8 +51,13 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def current_run(device: str) -> dict:
-    """Machine, versions, commit and date of what is measured now."""
+def current_run(device: str, ceilings: dict[str, float] | None = None) -> dict:
+    """Machine, versions, commit and date of what is measured now.
+
+    Args:
+        device: type of what the work runs on.
+        ceilings: of the GPU, from :func:`bench.ceilings.measure`.
+    """
     import numpy
     import torch
     import triton
@@ -71,6 +79,7 @@ def current_run(device: str) -> dict:
             "numpy": numpy.__version__,
             "cuda": torch.version.cuda if cuda else None,
         },
+        "ceilings": ceilings,
         "commit": commit,
         "dirty": dirty,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),

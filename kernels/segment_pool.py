@@ -44,8 +44,10 @@ alone. Since 192, 384 and 768 are no powers of two, the channels come in parts t
 256, for 768), unrolled at compile time. Where a tile does not fit on chip (float32, and backward of
 wide models where shared memory is small) its second use reads it from the cache.
 
-Products are taken in the dtype of ``x`` (float32: three TF32 products, which keep its accuracy),
-sums in float32.
+Products are taken in the dtype of ``x``, sums in float32. A float32 number is three bfloat16
+numbers, exactly, and a product of two is the six largest of their products. Three TF32 products
+would be cheaper but lose two of the 24 bits: on an H200 some results then erred by more than twice
+as much as those of PyTorch's float32.
 
 Names: ``b_`` blocks on chip, ``p_`` pointers, ``o_`` offsets, ``m_`` masks. ``W`` warps, ``C``
 channels of a warp in one part, ``T`` rows of a tile, ``Q`` queries padded to 16.
@@ -65,8 +67,8 @@ from torch import Tensor
 from fastast.kernels.aot import AotCase
 
 MAX_QUERIES = 16
-MAX_DIM = {torch.bfloat16: 1024, torch.float16: 1024, torch.float32: 768}
-"""Most channels for a stream of each type: in float32 more would spill registers."""
+PRECISION = "bf16x6"
+"""Of products of float32; means nothing to those of 16 bits."""
 MIN_SHARE = 64
 """Rows below which a share costs more to begin than to read."""
 
@@ -182,6 +184,7 @@ def pool_forward(
     Q: tl.constexpr,
     MIN_SHARE: tl.constexpr,
     RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     o_query = tl.arange(0, Q)
@@ -222,7 +225,7 @@ def pool_forward(
                     b_part = _load_kept(p_row + o_part, m_x)
                     b_queries = _load_queries(p_u, o_part, Q, H, D, DTYPE, True)
                 b_keys = tl.permute(b_queries, (0, 2, 1))  # [W, C, Q]
-                b_scores = tl.dot(b_part, b_keys, b_scores, input_precision="tf32x3")
+                b_scores = tl.dot(b_part, b_keys, b_scores, input_precision=PRECISION)
             b_s = tl.sum(b_scores, 0) * LOG2_E  # [T, Q]
             b_s = tl.where(m_row[:, None], b_s, float("-inf"))
             b_new = tl.maximum(b_max, tl.max(b_s, 0))
@@ -239,7 +242,7 @@ def pool_forward(
                     o_part = i * W * C + o_channel
                     b_part = _load_again(p_row + o_part, m_row[None, :, None] & (o_part < D))
                 b_old = b_y[i] * b_rescale[None, :, None]
-                b_next += (tl.dot(b_weights, b_part, b_old, input_precision="tf32x3"),)
+                b_next += (tl.dot(b_weights, b_part, b_old, input_precision=PRECISION),)
             b_y = b_next
 
         b_lse = b_max + tl.log2(b_sum)  # -inf where there are no rows
@@ -340,6 +343,7 @@ def pool_backward(
     Q: tl.constexpr,
     MIN_SHARE: tl.constexpr,
     RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
     SUM_ON_CHIP: tl.constexpr,
 ):
     DTYPE: tl.constexpr = p_x.dtype.element_ty
@@ -405,8 +409,8 @@ def pool_backward(
                     b_grads = _load_queries(p_grad_segment, o_part, Q, H, D, DTYPE, True)
                 b_queries = tl.permute(b_queries, (0, 2, 1))  # [W, C, Q]
                 b_grads = tl.permute(b_grads, (0, 2, 1))
-                b_scores = tl.dot(b_part, b_queries, b_scores, input_precision="tf32x3")
-                b_products = tl.dot(b_part, b_grads, b_products, input_precision="tf32x3")
+                b_scores = tl.dot(b_part, b_queries, b_scores, input_precision=PRECISION)
+                b_products = tl.dot(b_part, b_grads, b_products, input_precision=PRECISION)
             b_w = tl.exp2(tl.sum(b_scores, 0) * LOG2_E - b_lse[None, :])  # [T, Q]
             b_w = tl.where(m_row[:, None], b_w, 0.0)
             b_ds = b_w * (tl.sum(b_products, 0) - b_delta[None, :])
@@ -426,14 +430,14 @@ def pool_backward(
                     b_part = _load_again(p_row + o_part, m_x)
                     b_queries = _load_queries(p_u, o_part, Q, H, D, DTYPE, True)
                     b_grads = _load_queries(p_grad_segment, o_part, Q, H, D, DTYPE, True)
-                b_dx = tl.dot(b_weights, b_grads, input_precision="tf32x3")
-                b_dx = tl.dot(b_slopes, b_queries, b_dx, input_precision="tf32x3")
+                b_dx = tl.dot(b_weights, b_grads, input_precision=PRECISION)
+                b_dx = tl.dot(b_slopes, b_queries, b_dx, input_precision=PRECISION)
                 tl.store(p_dx_row + o_part, b_dx.to(DTYPE), mask=m_x)
                 if SUM_ON_CHIP:
-                    b_next += (tl.dot(b_columns, b_part, b_du[i], input_precision="tf32x3"),)
+                    b_next += (tl.dot(b_columns, b_part, b_du[i], input_precision=PRECISION),)
                 else:
                     b_sum = _load_queries(p_du, o_part, Q, H, D, tl.float32, True)
-                    b_sum = tl.dot(b_columns, b_part, b_sum, input_precision="tf32x3")
+                    b_sum = tl.dot(b_columns, b_part, b_sum, input_precision=PRECISION)
                     _store_queries(p_du, o_part, b_sum, Q, H, D)
             b_du = b_next
             if not SUM_ON_CHIP:
@@ -481,6 +485,8 @@ class PoolConfig:
         width: channels of a warp in one part, at least the 16 of a matrix instruction. What is
             loaded at a time grows with it, and what is left over at the end of ``dim``.
         tile: rows on chip at a time. 16 fill a matrix instruction; more would only take registers.
+        maxnreg: registers per thread that the assembler may use, where it would spill some to make
+            room for another program.
     """
 
     warps: int
@@ -490,6 +496,7 @@ class PoolConfig:
     resident: bool = True
     sum_on_chip: bool = True
     tile: int = 16
+    maxnreg: int | None = None
 
 
 # By the most channels they serve. A program has few warps, so that several programs hide each
@@ -520,21 +527,33 @@ _BACKWARD_SMALL = {
     768: _FROM_CACHE,
     1024: _ALL_FROM_CACHE,
 }
-# Three TF32 products hold every number as two, which fills the registers: no pipeline either.
-_FORWARD_FLOAT32 = {
-    256: replace(_FROM_CACHE, warps=4, programs=2),
-    512: replace(_FROM_CACHE, width=32),
-    768: _FROM_CACHE,
+# Six products of thirds of a float32 number need all three of them: no pipeline, and no wide models
+# where backward would spill. What is there takes all registers of the multiprocessor.
+_FORWARD_FLOAT32 = {384: replace(_FROM_CACHE, width=32), 768: _FROM_CACHE}
+_BACKWARD_FLOAT32_SMALL = {384: replace(_ALL_FROM_CACHE, width=16, maxnreg=255)}
+_BACKWARD_FLOAT32 = {**_BACKWARD_FLOAT32_SMALL, 768: replace(_ALL_FROM_CACHE, width=16)}
+_BACKWARD_FLOAT32_120 = {
+    **_BACKWARD_FLOAT32_SMALL,
+    768: replace(_ALL_FROM_CACHE, width=16, maxnreg=240),
 }
-_BACKWARD_FLOAT32 = {768: replace(_ALL_FROM_CACHE, width=16)}
+
+
+def max_dim(arch: int, dtype: torch.dtype) -> int:
+    """Most channels of a stream; 0 where a type is not supported."""
+    if dtype == torch.float32:
+        return 768 if arch >= 90 else 384
+    return 1024 if dtype in (torch.bfloat16, torch.float16) else 0
 
 
 def pool_config(arch: int, dim: int, dtype: torch.dtype, *, backward: bool) -> PoolConfig:
     """The launch for an architecture (90 for sm_90), chosen by what the compiler reports to fit
     (docs/kernels.md), not by timing."""
     small = 86 <= arch < 90 or arch >= 120
-    if dtype == torch.float32:
-        table = _BACKWARD_FLOAT32 if backward else _FORWARD_FLOAT32
+    if dtype == torch.float32 and backward:
+        wide = _BACKWARD_FLOAT32_120 if arch >= 120 else _BACKWARD_FLOAT32
+        table = wide if arch >= 90 else _BACKWARD_FLOAT32_SMALL
+    elif dtype == torch.float32:
+        table = _FORWARD_FLOAT32
     elif backward:
         table = _BACKWARD_SMALL if small else _BACKWARD if arch >= 90 else _BACKWARD_80
     else:
@@ -548,11 +567,12 @@ COMBINE_WARPS = 4
 
 def supports(x: Tensor, u: Tensor) -> bool:
     """Whether the kernels take these inputs."""
+    arch = _device(x.device.index)[0]
     return (
-        0 < u.shape[0] <= MAX_QUERIES
-        and 0 < u.shape[1] <= MAX_DIM.get(x.dtype, 0)
-        and u.dtype in MAX_DIM
-        and _device(x.device.index)[0] >= 80
+        arch >= 80
+        and 0 < u.shape[0] <= MAX_QUERIES
+        and 0 < u.shape[1] <= max_dim(arch, x.dtype)
+        and max_dim(arch, u.dtype) > 0
     )
 
 
@@ -588,8 +608,7 @@ def segment_pool_forward(
         x.stride(0),
         *sizes,
         **_constants(queries, dim, config),
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **_options(config),
     )
     pool_combine[(segments, -(-dim // COMBINE_CHANNELS))](
         offsets,
@@ -640,8 +659,7 @@ def segment_pool_backward(
         programs,
         **_constants(queries, dim, config),
         SUM_ON_CHIP=config.sum_on_chip,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **_options(config),
     )
     return dx, part_du.sum(0).to(u.dtype)
 
@@ -661,7 +679,13 @@ def _constants(queries: int, dim: int, config: PoolConfig) -> dict[str, int | bo
         "Q": MAX_QUERIES,
         "MIN_SHARE": MIN_SHARE,
         "RESIDENT": config.resident,
+        "PRECISION": PRECISION,
     }
+
+
+def _options(config: PoolConfig) -> dict[str, int]:
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    return options if config.maxnreg is None else {**options, "maxnreg": config.maxnreg}
 
 
 def _launch(
@@ -698,27 +722,28 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
             **dict.fromkeys(("num_segments", "rows", "programs"), "i32"),
         }
 
-        def case(kernel, dim, constants, warps, stages, pointers=pointers, kind=kind):
+        def case(kernel, dim, constants, launch, pointers=pointers, kind=kind):
             return AotCase(
                 f"{kernel.__name__} {kind} dim {dim}",
                 kernel,
                 {name: pointers[name] for name in kernel.arg_names if name in pointers},
                 constants,
-                warps,
-                stages,
+                launch["num_warps"],
+                launch.get("num_stages", 3),
                 max_shared=176 * 1024,
-                max_registers=255,
+                max_registers=launch.get("maxnreg", 255),
                 expects_wgmma=False,  # 16 rows are too few for it
+                maxnreg=launch.get("maxnreg"),
             )
 
         for dim in (192, 384, 768, 1024):
-            if dim > MAX_DIM[dtype]:
+            if dim > max_dim(arch, dtype):
                 continue
             for backward, kernel in enumerate((pool_forward, pool_backward)):
                 config = pool_config(arch, dim, dtype, backward=bool(backward))
                 constants = _constants(12, dim, config)
                 if backward:
                     constants["SUM_ON_CHIP"] = config.sum_on_chip
-                yield case(kernel, dim, constants, config.warps, config.stages)
+                yield case(kernel, dim, constants, _options(config))
         constants = {"H": 12, "D": 768, "C": COMBINE_CHANNELS, "Q": 16, "MIN_SHARE": MIN_SHARE}
-        yield case(pool_combine, 768, constants, COMBINE_WARPS, 3)
+        yield case(pool_combine, 768, constants, {"num_warps": COMBINE_WARPS})

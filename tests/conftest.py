@@ -1,15 +1,16 @@
 """Fixtures and markers that every test may use."""
 
+import faulthandler
+import multiprocessing
 import os
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-# Before the library is imported: the tests are what these kernels are still waiting for.
-os.environ.setdefault("FASTAST_GPU_KERNELS", "1")
-
-from tests.testing import write_tone  # noqa: E402
+from tests.testing import write_tone
 
 
 def pytest_collection_modifyitems(items):
@@ -19,6 +20,27 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(no_gpu)
+
+
+def pytest_unconfigure():
+    # Python waits at its exit for what still runs, without limit. Here that is a failure, and shows
+    # where it waits; the stream is the real one, which pytest has given back by then.
+    faulthandler.dump_traceback_later(120, exit=True, file=sys.__stderr__)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running():
+    """No test leaves behind what Python would wait for at its exit."""
+    before = running()
+    yield
+    left = running() - before
+    assert not left, f"still running: {sorted(map(str, left))}"
+
+
+def running() -> set:
+    """Processes that multiprocessing has started, and threads that are not daemons."""
+    threads = (thread for thread in threading.enumerate() if not thread.daemon)
+    return {*multiprocessing.active_children(), *threads}
 
 
 @pytest.fixture(scope="session")

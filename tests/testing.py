@@ -163,6 +163,22 @@ def assert_as_accurate(
         assert error <= (2 * limit if limit > 0 else rounding)
 
 
+def over_draws(draw: Callable[[int], Sequence[Sequence[Tensor]]], count: int) -> list[list[Tensor]]:
+    """The results of ``count`` draws of the inputs, stacked, for :func:`assert_as_accurate`.
+
+    In float32 the error of a small result is that of a few numbers which all of it shares, such as
+    a segment's log-sum-exp: a single draw then compares one roll of the dice with another.
+
+    Args:
+        draw: from a seed to lists of results: a kernel's, a plain implementation's, the truth.
+    """
+    draws = [draw(seed) for seed in range(count)]
+    return [
+        [torch.stack(values) for values in zip(*results, strict=True)]
+        for results in zip(*draws, strict=True)
+    ]
+
+
 def rms(x: Tensor) -> float:
     """Root mean square; zero if there is nothing."""
     return x.square().mean().sqrt().item() if x.numel() else 0.0

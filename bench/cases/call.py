@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench.memory import saved_bytes
+
 
 @dataclass(frozen=True)
 class Call:
@@ -37,6 +39,10 @@ class Call:
     def step(self) -> None:
         """The work that is timed."""
         self._run()
+
+    def saved_bytes(self) -> int | None:
+        """What the forward keeps for the backward beside the leaves; ``None`` without one."""
+        return None if self.grad is None else saved_bytes(self.function, self.leaves.values())
 
     def outputs(self) -> dict[str, Tensor]:
         """The output and, if there are any, the leaves' gradients by name."""

@@ -1,4 +1,4 @@
-"""Three ways to compute masked attention on dense ``[batch, heads, length, head_dim]`` tensors.
+"""Ways to compute masked attention on dense ``[batch, heads, length, head_dim]`` tensors.
 
 All take ``mask``, boolean and broadcastable to ``[batch, heads, queries, keys]``, True where a
 query may attend to a key, or ``None``. The output's memory is laid out ``[batch, length, heads,
@@ -7,9 +7,12 @@ head_dim]`` where the implementation chooses it, as fused kernels do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LIBRARY = torch.library.Library("fastast_bench", "DEF")
 
@@ -32,6 +35,16 @@ def explicit_attention(
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """PyTorch's fused attention; without a mask it may choose its fastest kernels."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def sdpa_with(backend: SDPBackend) -> Callable[..., Tensor]:
+    """:func:`sdpa_attention` by one backend alone; an error where it does not take the input."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        with sdpa_kernel(backend):
+            return sdpa_attention(q, k, v, mask, scale)
+
+    return attention
 
 
 def modelled_fused_attention(

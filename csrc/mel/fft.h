@@ -34,8 +34,9 @@ FASTAST_INLINE Complex<V> operator-(const Complex<V>& a, const Complex<V>& b) {
   return {a.re - b.re, a.im - b.im};
 }
 
-template <class V>
-FASTAST_INLINE Complex<V> operator*(const Complex<V>& a, const Complex<float>& b) {
+// b may be the same number in all lanes, or one for each.
+template <class V, class W>
+FASTAST_INLINE Complex<V> operator*(const Complex<V>& a, const Complex<W>& b) {
   return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
 }
 
@@ -158,9 +159,9 @@ FASTAST_INLINE V power_of(const Complex<V>& z, bool magnitude) {
 
 // The powers of bins k and n - k of the real transform, for 0 < k < n/2, from those of the
 // complex one.
-template <class V>
-FASTAST_INLINE void split(const Complex<V>& z, const Complex<V>& mirror,
-                          const Complex<float>& root, bool magnitude, V& power, V& power_mirror) {
+template <class V, class W>
+FASTAST_INLINE void split(const Complex<V>& z, const Complex<V>& mirror, const Complex<W>& root,
+                          bool magnitude, V& power, V& power_mirror) {
   const Complex<V> even = {0.5f * (z.re + mirror.re), 0.5f * (z.im - mirror.im)};
   const Complex<V> odd = {0.5f * (z.im + mirror.im), 0.5f * (mirror.re - z.re)};
   const Complex<V> turned = odd * root;

@@ -73,9 +73,9 @@ FASTAST_INLINE Row find_row(const Task& task, std::int64_t row) {
   Row found{};
   if (task.num_clips == 0 || row >= task.frame_offsets[task.num_clips]) return found;
   // The last clip that begins at this row or before: empty clips before it begin there as well.
-  std::int64_t low = 0, high = task.num_clips;
+  auto low = 0u, high = static_cast<unsigned>(task.num_clips);
   while (high - low > 1) {
-    const std::int64_t middle = (low + high) / 2;
+    const auto middle = (low + high) / 2;
     (task.frame_offsets[middle] <= row ? low : high) = middle;
   }
   const std::int64_t frame = row - task.frame_offsets[low];

@@ -81,6 +81,13 @@ FASTAST_INLINE void compute_powers(Tile& tile, const Task& task) {
   });
 }
 
+// What the energy of a mel bin becomes.
+template <class V>
+FASTAST_INLINE V log_energy(const Task& task, V energy) {
+  energy = energy < task.floor ? broadcast<V>(task.floor) : energy;
+  return (task.log_scale * fast_log(energy + task.offset) - task.mean) * task.scale;
+}
+
 // Mel bin m of `kFrames` frames from `frame` on, which share the table's reads.
 template <int kFrames, class Tile, class V = typename Tile::Value>
 FASTAST_INLINE void log_mel(const Tile& tile, const Task& task, int frame, int m,
@@ -96,18 +103,30 @@ FASTAST_INLINE void log_mel(const Tile& tile, const Task& task, int frame, int m
     for (int f = 0; f < kFrames; ++f) out[f] = out[f] + weight * tile.spectrum(frame + f)[place];
   }
   FASTAST_UNROLL
-  for (int f = 0; f < kFrames; ++f) {
-    const V energy = out[f] < task.floor ? broadcast<V>(task.floor) : out[f];
-    out[f] = (task.log_scale * natural_log(energy + task.offset) - task.mean) * task.scale;
-  }
+  for (int f = 0; f < kFrames; ++f) out[f] = log_energy(task, out[f]);
 }
 
 // The upper half of a float, rounded to the nearest, ties to even; NaN stays NaN.
 template <class V>
 FASTAST_INLINE Unsigned<V> bfloat16_bits(V x) {
+#ifdef __CUDA_ARCH__
+  std::uint16_t rounded;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(x));
+  return rounded;
+#else
   const auto bits = bit_cast<Unsigned<V>>(x);
   const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return x == x ? rounded : rounded * 0u + 0x7fc0u;
+#endif
+}
+
+// One number of the output.
+FASTAST_INLINE void store_output(const Task& task, std::int64_t place, float value) {
+  if (task.bfloat16_out) {
+    static_cast<std::uint16_t*>(task.out)[place] = static_cast<std::uint16_t>(bfloat16_bits(value));
+  } else {
+    static_cast<float*>(task.out)[place] = value;
+  }
 }
 
 }  // namespace fastast::mel

@@ -6,11 +6,14 @@ what is in it is settled by the plan (:mod:`fastast.data.plan`).
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing import parent_process
 from typing import Literal
 
 import numpy as np
@@ -67,12 +70,13 @@ class PackedLoader:
             raise ValueError(f"bad_files must be 'stop' or 'skip', got {bad_files!r}")
         self.planner = planner
         self.rank = rank
+        self.workers = workers
         self.prefetch = prefetch
         self.pin_memory = pin_memory
         sizes = planner.fixed_sizes() if fixed_shapes else None
         self._make = _BatchMaker(planner, sizes, bad_files)
         self._orders: list[BatchPlan] = []
-        self._processes = self._start_processes(workers) if workers else None
+        self._processes: DataLoader | None = None
 
     @property
     def dataset(self) -> AudioDataset:
@@ -103,9 +107,11 @@ class PackedLoader:
                 ``"stop"``.
         """
         orders = self.planner.plan(epoch).batches_of(self.rank, first_step)
-        if self._processes is None:
-            return self._from_thread(orders)
-        return self._from_processes(orders)
+        return self._from_processes(orders) if self.workers else self._from_thread(orders)
+
+    def close(self) -> None:
+        """Ends the processes, which else live as long as the loader; an epoch starts new ones."""
+        self._processes = None
 
     def silent_batch(self) -> Batch:
         """A batch without clips, of silence that counts for nothing."""
@@ -132,18 +138,22 @@ class PackedLoader:
                     future.cancel()
 
     def _from_processes(self, orders: list[BatchPlan]) -> Iterator[Batch]:
+        if self._processes is None:
+            self._processes = self._new_processes()
         self._orders[:] = orders
         yield from map(_unless_error, self._processes)
 
-    def _start_processes(self, workers: int) -> DataLoader:
+    def _new_processes(self) -> DataLoader:
         return DataLoader(
             self._make,
             sampler=self._orders,
             batch_size=None,
-            num_workers=workers,
+            num_workers=self.workers,
             prefetch_factor=self.prefetch,
             pin_memory=self.pin_memory,
             persistent_workers=True,
+            # They share the data set's memory, and begin without threads (`_in_a_process`).
+            multiprocessing_context="fork",
             worker_init_fn=_in_a_process,
             # It draws a seed for the processes in each epoch: not from the run's random numbers.
             generator=torch.Generator(),
@@ -152,7 +162,12 @@ class PackedLoader:
 
 def _unless_error(made: Batch | AudioError) -> Batch:
     if isinstance(made, AudioError):
-        raise made
+        try:
+            raise made
+        finally:
+            # The error's traceback holds this frame. If this frame held the error, both would stay
+            # until a garbage collection, and so would the loader, which the traceback holds too.
+            del made
     return made
 
 
@@ -251,7 +266,17 @@ class _BatchMaker:
 
 def _in_a_process(_: int) -> None:
     # A scheduler may ask every process of a job to stop. Training does, and needs these until then.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    # DataLoader, and Python at its exit, ask by SIGTERM too, and Python then waits without limit:
+    # the parent is obeyed. Who asks, only sigwaitinfo tells. It needs the signal blocked in all
+    # threads; there is one so far, and others inherit that.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_leave_when_told, args=(parent_process().pid,), daemon=True).start()
     # What a process decodes is not there for the others, nor in the next epoch.
     get_worker_info().dataset.dataset.forget()
+
+
+def _leave_when_told(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

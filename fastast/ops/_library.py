@@ -29,12 +29,14 @@ SEGMENTS_SCHEMA = "Tensor offsets, Tensor host_offsets, Tensor tiles, int max_le
 
 
 def gpu_kernels() -> bool:
-    """Whether kernels of our own serve GPUs: only if ``FASTAST_GPU_KERNELS=1`` asks for them.
+    """Whether kernels of our own serve GPUs.
 
-    They are checked by interpretation and by compilation, and have not yet run on a GPU. Until they
-    have, PyTorch's own are the default.
+    ``FASTAST_GPU_KERNELS=0``, set before the library is imported, leaves all work to PyTorch's: to
+    compare, or to find out which of them is at fault. ``all`` adds those that are proven by
+    emulation but have not run on a GPU yet: at present the filterbank's for transforms of 512 to
+    2048 points (``csrc/mel/cuda/warp.h``).
     """
-    return os.environ.get("FASTAST_GPU_KERNELS") == "1"
+    return os.environ.get("FASTAST_GPU_KERNELS") != "0"
 
 
 @functools.cache

@@ -39,7 +39,7 @@ def _load_file(device: str, path: Path) -> str:
     if device == "cuda" and torch.version.cuda is None:
         return "not loaded: torch is built without CUDA"
     if device == "cuda" and not gpu_kernels():
-        return "not loaded: FASTAST_GPU_KERNELS is not 1"
+        return "not loaded: FASTAST_GPU_KERNELS is 0"
     try:
         torch.ops.load_library(path)
     except OSError as error:

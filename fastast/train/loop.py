@@ -239,6 +239,9 @@ class _Training:
             StopRequest() as self.stop,
             self.progress,
             contextlib.closing(self.log),
+            # An error's traceback holds this run, and with it the processes that decode.
+            contextlib.closing(self.loader),
+            contextlib.closing(self.validation) if self.validation else contextlib.nullcontext(),
         ):
             # A run may have been stopped after the last step, before the end of its epoch.
             while not self.over and (self.epoch_step or self._share_done() < 1):

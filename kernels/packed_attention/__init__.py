@@ -30,9 +30,8 @@ regime     longest segment             program       forward               backw
 ========== =========================== ============= ===================== =======================
 micro      up to 32 rows               several whole one pass, masked      one kernel, 5 matmuls
                                        segments
-small      up to 64 or 128             one segment   one pass              one kernel, 5 matmuls
-tiled      any                         64 or 128     walk over the keys    two kernels, 7 matmuls
-                                       rows
+small      up to 64, backward 128      one segment   one pass              one kernel, 5 matmuls
+tiled      any                         64 rows       walk over the keys    two kernels, 7 matmuls
 ========== =========================== ============= ===================== =======================
 
 The regime follows from ``Segments.max_length``, a number known without the device. All regimes are
@@ -45,6 +44,6 @@ one-pass block, M rows that a tiled program holds, N rows that it walks over at 
 """
 
 from fastast.kernels.packed_attention.cases import aot_cases
-from fastast.kernels.packed_attention.launch import backward, forward, supports
+from fastast.kernels.packed_attention.launch import backward, forward, launches, supports
 
-__all__ = ["aot_cases", "backward", "forward", "supports"]
+__all__ = ["aot_cases", "backward", "forward", "launches", "supports"]

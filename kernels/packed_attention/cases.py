@@ -28,14 +28,18 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
         for head_dim in head_dims:
             config = config_for(arch, 32 if head_dim == 24 else head_dim, BYTES[dtype])
             launches = [
-                *(("one-pass forward", whole.forward, x) for x in config.whole_forward),
-                *(("one-pass backward", whole.backward, x) for x in config.whole_backward),
+                *(("forward", whole.forward, x) for x in config.whole_forward),
+                *(("backward", _whole_backward(x), x) for x in config.whole_backward),
                 ("tiled forward", tiled.forward, config.forward),
                 ("tiled backward dq", tiled.backward_queries, config.backward_queries),
                 ("tiled backward dk dv", tiled.backward_keys, config.backward_keys),
             ]
             for name, kernel, launch in launches:
                 yield _case(arch, name, kernel, launch, dtype, head_dim)
+
+
+def _whole_backward(launch: Launch) -> JITFunction:
+    return whole.backward if launch.step == launch.rows else whole.backward_walk
 
 
 def _case(
@@ -47,6 +51,7 @@ def _case(
         "HEAD_DIM": head_dim,
         "BLOCK_D": 32 if head_dim == 24 else head_dim,
         "BLOCK": launch.rows,
+        "STEP": launch.step,
         "GROUP": 4 if launch.rows == 64 else 1,
         "BLOCK_M": launch.rows,
         "BLOCK_N": launch.step,

@@ -1,8 +1,8 @@
 """Which kernels run with which launch, by architecture, head size and precision.
 
-Chosen from what the compiler reports (registers, spills, shared memory) and from arithmetic on the
-hardware's limits; nothing is tuned when a program runs, so that the same input takes the same path
-on every machine of a kind.
+Chosen by measurement where one was made, else from what the compiler reports (registers, spills,
+shared memory); nothing is tuned when a program runs, so that the same input takes the same path on
+every machine of a kind.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Launch:
 
     Attributes:
         rows: that a program holds.
-        step: rows that it walks over at a time; all of them in the one-pass kernels.
+        step: rows that it walks over at a time; as many as it holds if it has all of them at once.
         num_warps: of a program.
         num_stages: of its pipeline of loads.
         maxnreg: registers per thread that the assembler may use, where it would take more than it
@@ -47,72 +47,33 @@ def pick(launches: tuple[Launch, ...], max_length: int) -> Launch | None:
     return next((launch for launch in launches if max_length <= launch.rows), None)
 
 
-BLOCK_64 = Launch(64, 64, 4, 1)
-BLOCK_128 = Launch(128, 128, 8, 1)
+BLOCK = Launch(64, 64, 4, 1)
+TILE = Launch(64, 32, 4, 3)
 
-# Hopper. Warpgroup matmuls take 64 rows per four warps. The forward holds 128 rows: with 64, the L2
-# cache (about 5.5 TB/s), from which every program reads all keys and values, would end it at 350
-# TFLOP/s for heads of 64. At 128 registers two such programs share a multiprocessor, one's softmax
-# under the other's matmuls. The backward has more arithmetic per byte and more in registers: 64
-# rows, and 32 queries at a time beside two accumulators, leave room for two to five programs.
+# Hopper, as measured on an H200 (bench/results/nvidia-h200/launches.json, drawn up by
+# `python -m bench.launches`). Warpgroup matmuls take 64 rows per four warps, and small programs win
+# at every length: five or more of them share a multiprocessor, so that one waits for memory while
+# another computes. 128 rows would read half as much from the L2 cache, but take the registers of
+# several programs. Segments of 65 to 128 rows have their keys and values on chip at once in the
+# backward, 128 registers to a thread so that two programs fit: five matmuls instead of the seven of
+# two kernels, each tensor read once instead of twice. That last launch was chosen by the compiler's
+# report alone and is still to be timed.
 HOPPER = {
-    32: Config(
-        (BLOCK_64, BLOCK_128),
-        (BLOCK_64, BLOCK_128),
-        Launch(128, 64, 8, 3, maxnreg=128),
-        Launch(64, 64, 4, 2),
-        Launch(64, 32, 4, 2),
-    ),
-    64: Config(
-        (BLOCK_64, BLOCK_128),
-        (BLOCK_64, BLOCK_128),
-        Launch(128, 64, 8, 3, maxnreg=128),
-        Launch(64, 64, 4, 2),
-        Launch(64, 32, 4, 2),
-    ),
-    # Heads of 128 fill the registers: one program of 128 rows, no pipeline for two accumulators.
-    128: Config(
-        (BLOCK_64, BLOCK_128),
-        (BLOCK_64, BLOCK_128),
-        Launch(128, 64, 8, 2),
-        Launch(64, 32, 4, 2),
-        Launch(64, 32, 4, 1),
-    ),
+    32: Config((BLOCK,), (BLOCK, Launch(128, 32, 8, 2, maxnreg=128)), TILE, TILE, TILE),
+    64: Config((BLOCK,), (BLOCK, Launch(128, 32, 8, 2, maxnreg=128)), TILE, TILE, TILE),
+    128: Config((BLOCK,), (BLOCK,), TILE, TILE, TILE),
 }
 
-# Datacentre Blackwell: accumulators lie in tensor memory; 128 rows of softmax spill in the forward,
-# and in the one-pass backward for heads of 64. Otherwise as on Hopper.
+# Not measured yet: the launches that proved themselves on Hopper, where they spill nothing.
 BLACKWELL = {
-    block_d: replace(config, forward=Launch(64, 64, 4, 2)) for block_d, config in HOPPER.items()
+    block_d: replace(config, whole_backward=(BLOCK,)) for block_d, config in HOPPER.items()
 }
-BLACKWELL[64] = replace(BLACKWELL[64], whole_backward=(BLOCK_64,))
-
 # Ampere, Ada and consumer Blackwell: matmuls of one warp, whose operands pass through registers,
-# and 99 KiB of shared memory on most of them. Blocks of 128 rows spill where they hold two matrices
-# of scores (the backward) of heads above 32, or one of heads above 64; keys come 32 at a time for
-# the same reason.
+# and 99 KiB of shared memory on most of them.
 WARP_MATMUL = {
-    32: Config(
-        (BLOCK_64, BLOCK_128),
-        (BLOCK_64, BLOCK_128),
-        Launch(64, 64, 4, 2),
-        Launch(64, 32, 4, 2),
-        Launch(64, 32, 4, 2),
-    ),
-    64: Config(
-        (BLOCK_64, BLOCK_128),
-        (BLOCK_64,),
-        Launch(64, 32, 4, 3),
-        Launch(64, 32, 4, 2),
-        Launch(64, 32, 4, 2),
-    ),
-    128: Config(
-        (BLOCK_64,),
-        (BLOCK_64,),
-        Launch(64, 32, 4, 2),
-        Launch(64, 32, 4, 2),
-        Launch(64, 32, 4, 1),
-    ),
+    32: BLACKWELL[32],
+    64: BLACKWELL[64],
+    128: replace(BLACKWELL[128], backward_keys=Launch(64, 32, 4, 1)),
 }
 
 # Full float32 runs on the ordinary arithmetic units, for which the compiler unrolls whole matmuls:

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from fastast.kernels.packed_attention import tiled, whole
-from fastast.kernels.packed_attention.configs import Launch, config_for, pick
+from fastast.kernels.packed_attention.configs import Config, Launch, config_for, pick
 from fastast.segments import TILE_ROWS
 
 # Full float32 is not worth spilling registers for.
@@ -29,14 +29,21 @@ def supports(q: Tensor, scale: float) -> bool:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, tiles: Tensor, max_length: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    tiles: Tensor,
+    max_length: int,
+    scale: float,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``out [rows, heads, head_dim]`` and ``lse [heads, rows]`` of
-    :func:`fastast.ops.packed_attention`."""
+    :func:`fastast.ops.packed_attention`; with other launches than the device's, for timing them."""
     rows, heads, head_dim = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(heads, rows, dtype=torch.float32)
     (q, k, v), strides, align = _readable(q, k, v)
-    config = config_for(_architecture(q.device), _padded(head_dim), q.element_size())
+    config = config or launches(q)
     segments = offsets.shape[0] - 1
     constants = {"ALIGN": align, **_constants(q)}
     with torch.cuda.device_of(q):
@@ -67,12 +74,13 @@ def backward(
     tiles: Tensor,
     max_length: int,
     scale: float,
+    config: Config | None = None,
 ) -> None:
     """Writes dq, dk and dv into ``grads``: three tensors, or the parts of one ``dqkv``."""
     rows, heads, head_dim = q.shape
     (q, k, v), strides, align = _readable(q, k, v)
     (grad_out,), grad_strides, grad_align = _readable(grad_out)
-    config = config_for(_architecture(q.device), _padded(head_dim), q.element_size())
+    config = config or launches(q)
     segments = offsets.shape[0] - 1
     constants = {
         "PARTS": grads[0].stride(0) // (heads * head_dim),
@@ -82,11 +90,15 @@ def backward(
     }
     with torch.cuda.device_of(q):
         if launch := pick(config.whole_backward, max_length):
-            group, parts = _group(launch, max_length, segments)
-            whole.backward[(parts * heads,)](
+            if launch.step < launch.rows:
+                kernel, parts, shape = whole.backward_walk, max(1, segments), {"STEP": launch.step}
+            else:
+                group, parts = _group(launch, max_length, segments)
+                kernel, shape = whole.backward, {"GROUP": group}
+            kernel[(parts * heads,)](
                 q, k, v, lse, grad_out, *grads, offsets, rows, segments, parts, heads, scale,
                 *strides, *grad_strides,
-                BLOCK=launch.rows, GROUP=group, **constants, **_options(launch),
+                BLOCK=launch.rows, **shape, **constants, **_options(launch),
             )  # fmt: skip
             return
         delta = torch.empty_like(lse)
@@ -101,6 +113,11 @@ def backward(
             q, k, v, lse, delta, grad_out, grads[1], grads[2], *shape, *strides, *grad_strides,
             BLOCK_M=launch.rows, BLOCK_N=launch.step, **constants, **_options(launch),
         )  # fmt: skip
+
+
+def launches(q: Tensor) -> Config:
+    """Those that serve such tensors on their device."""
+    return config_for(_architecture(q.device), _padded(q.shape[2]), q.element_size())
 
 
 @functools.cache

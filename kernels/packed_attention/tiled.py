@@ -72,11 +72,12 @@ def attend(
     for key in range(begin, end, BLOCK_N):
         m_n = key + o_n < last if MASKED else o_n >= 0
         b_k = load_rows(p_k, key, k_row, o_n, m_n, HEAD_DIM, BLOCK_D, ALIGN)  # [N, D]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2  # [M, N]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
         if MASKED:
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_p = tl.exp2(b_s - b_new[:, None])
+        # Scaled in the exponent's multiply-add: no multiplication of its own for each score.
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
+        b_p = tl.exp2(b_s * scale_log2 - b_new[:, None])
         b_shrink = tl.exp2(b_max - b_new)
         b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
         b_acc = b_acc * b_shrink[:, None]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import stages
+from bench import sanitize, stages
 from bench.__main__ import main
 from bench.cases import packed_attention
 from bench.peers.attention import sdpa_attention
@@ -31,7 +31,7 @@ def test_ops_are_measured_written_and_reported(case, tmp_path, capsys):
     assert "fastast, ms" in (tmp_path / "page.md").read_text()
 
 
-def test_a_case_that_fails_is_named_and_the_exit_code_says_so(tmp_path, monkeypatch, capsys):
+def test_a_peer_that_is_wrong_is_named_and_the_exit_code_says_so(tmp_path, monkeypatch, capsys):
     def wrong(q, k, v, mask, scale):
         return sdpa_attention(q, k, v, mask, 1.01 * scale)
 
@@ -40,7 +40,22 @@ def test_a_case_that_fails_is_named_and_the_exit_code_says_so(tmp_path, monkeypa
     assert main(["ops", "--device", "cpu", "--out", str(tmp_path), *case]) == 1
     printed = capsys.readouterr()
     assert "padded SDPA: out is off by" in printed.out
-    assert "failed: ops/packed_attention length 16, head dim 64, forward+backward" in printed.err
+    case = "ops/packed_attention length 16, head dim 64, forward+backward"
+    assert f"failed: {case}, padded SDPA" in printed.err
+    rows = json.loads((tmp_path / "cpu" / "ops.json").read_text())["rows"]
+    assert [row["contender"] for row in rows if row["median_ms"]] == ["fastast", "masked rows"]
+
+
+def test_a_case_that_we_fail_is_not_written(tmp_path, monkeypatch, capsys):
+    def broken(*arguments, **options):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(packed_attention, "packed_attention", broken)
+    case = ["--case", "attention length 16, head dim 64, forward+", "--reps", "1"]
+    assert main(["ops", "--device", "cpu", "--out", str(tmp_path), *case]) == 1
+    printed = capsys.readouterr()
+    assert "FAILED, no such kernel" in printed.out
+    assert printed.err.endswith("length 16, head dim 64, forward+backward\n")
     assert not (tmp_path / "cpu").exists()
 
 
@@ -60,6 +75,13 @@ def test_torch_numpy_and_triton_are_enough():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_the_sanitizer_watches_is_right_where_it_can_be_checked(capsys):
+    sanitize.main([])
+    printed = capsys.readouterr().out
+    for name in ("mel_filterbank, int16 to bfloat16", "packed_attention, long", "segment_pool"):
+        assert name in printed
 
 
 def test_the_gpu_script_is_bash():
@@ -82,11 +104,21 @@ esac
 """
     )
     python.chmod(0o755)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    sanitizer = tools / "compute-sanitizer"
+    sanitizer.write_text('#!/bin/sh\nwhile [ "${1##*/}" != python ]; do shift; done\nexec "$@"\n')
+    sanitizer.chmod(0o755)
 
     def run(*stages: str) -> tuple[int, str, dict]:
         done = subprocess.run(
             ["bash", str(SCRIPT), *stages],
-            env={"PATH": "/usr/bin:/bin", "PYTHON": str(python), "OUT": str(tmp_path / "out")},
+            env={
+                "PATH": f"{tools}:/usr/bin:/bin",
+                "PYTHON": str(python),
+                "OUT": str(tmp_path / "out"),
+                "FORCE": "1",
+            },
             capture_output=True,
             text=True,
         )
@@ -99,7 +131,7 @@ esac
 def test_a_stage_that_fails_is_recorded_and_the_rest_go_on(gpu_run):
     code, printed, record = gpu_run()
     assert code == 1
-    assert list(record) == ["build", "import", "tests", "ops", "e2e", "memory"]
+    assert list(record) == [*("build", "import", "tests", "ops", "e2e", "memory", "sanitizer")]
     status = {stage: entry["status"] for stage, entry in record.items()}
     assert status.pop("import") == "failed"
     assert status.pop("tests") in ("ok", "nothing to do")
@@ -107,6 +139,15 @@ def test_a_stage_that_fails_is_recorded_and_the_rest_go_on(gpu_run):
     assert record["import"]["exit_code"] == 3
     assert "broken import" in record["import"]["log"]
     assert "== summary" in printed
+
+
+def test_a_sanitizer_that_a_machine_refuses_is_nothing_to_do(gpu_run, tmp_path):
+    assert gpu_run("sanitizer")[2]["sanitizer"]["status"] == "ok"
+    assert (tmp_path / "ran").read_text() == "-m bench.sanitize --probe\n-m bench.sanitize\n"
+    (tmp_path / "tools" / "compute-sanitizer").write_text("#!/bin/sh\necho no debugger; exit 1\n")
+    entry = gpu_run("sanitizer")[2]["sanitizer"]
+    assert entry["status"] == "nothing to do"
+    assert "no debugger" in entry["log"] and "does not run here" in entry["log"]
 
 
 def test_an_unknown_stage_is_refused(gpu_run):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import report, results
+from bench import figures, report, results
 from bench.runner import measure
 
 
@@ -26,6 +26,7 @@ def row(case: str, contender: str, **fields) -> dict:
         "device": "cpu",
         "dtype": "float32",
         "size": "tiny",
+        "shapes": {},
         "peak_bytes": None,
         "ours_over_this": {},
     } | fields  # fmt: skip
@@ -48,6 +49,92 @@ def test_every_table_names_machine_versions_commit_and_date(tmp_path):
         "commit 0123456789ab; 2026-01-01T00:00:00Z" in page
     )
     assert "- **padded**: why padded" in page
+
+
+def on_gpu(case: str, contender: str, median: float | None, ours: float = 2.0, **fields) -> dict:
+    """A row of a GPU's table; ``ours`` is our median of the case."""
+    numbers = (
+        {} if median is None else timed(median, None if contender == "fastast" else ours / median)
+    )
+    return row(case, contender, device="cuda", **numbers | fields)
+
+
+@pytest.fixture
+def gpu_results(tmp_path):
+    """A sweep with two peers, one of which lacks a case; ours reaches half of everything."""
+    rows = []
+    for length, other in ((16, 8.0), (512, None)):
+        case = f"length {length}, head dim 64, forward"
+        reason = {"unavailable": "no kernel"} if other is None else {}
+        rows += [
+            on_gpu(case, "fastast", 2.0, flops=10**12, bytes=4 * 10**9),
+            on_gpu(case, "padded", 3.0 if length == 512 else 16.0),
+            on_gpu(case, "nested", other, **reason),
+            on_gpu(case, "not the same", 0.1, unchecked="another definition"),
+        ]
+    gpu = {"gpu": "A GPU", "gpu_memory": 1, "cpu": "A CPU", "cores": 8, "threads": 4}
+    ceilings = {"copy_bytes_per_s": 4e12, "matmul_flops_per_s": 1e15}
+    results.merge(tmp_path / "a-gpu" / "ops.json", rows, run(machine=gpu, ceilings=ceilings))
+    return tmp_path
+
+
+def test_a_gpu_s_rates_stand_beside_its_ceilings(gpu_results):
+    page = report.render(gpu_results)
+    assert "| TFLOP/s | of matmul | TB/s | of copy |" in page
+    assert "| 500 | 50% | 2 | 50% |" in page
+    assert "copies at 4 TB/s, multiplies at 1000 TFLOP/s; commit" in page
+
+
+def test_a_sweep_is_summed_up_by_the_best_peer_that_does_the_same(gpu_results):
+    page = report.render(gpu_results)
+    # At 16 tokens nested takes 4 times as long as ours, at 512 padded 1.5 times.
+    assert "| head dim 64, forward | 512 | padded | 2.45 | 1.50 |" in page
+    assert report.geometric_mean([4.0, 1.5]) == pytest.approx(6**0.5)
+
+
+def test_what_a_peer_cannot_do_is_blank_and_explained(gpu_results):
+    page = report.render(gpu_results)
+    assert "- nested, length 512, head dim 64, forward: not available: no kernel" in page
+    assert "why not the same. Not compared: another definition" in page
+    assert "| length 512, head dim 64, forward | 2 (1 to 4) |  | 0.1" in page
+
+
+def test_a_peer_that_is_wrong_everywhere_is_named_once(tmp_path):
+    rows = []
+    for case in ("a", "b"):
+        rows += [row(case, "fastast", **timed(1.0)), row(case, "peer", disagrees="off by 1")]
+    results.merge(tmp_path / "cpu" / "ops.json", rows, run())
+    assert "- peer, all cases: DISAGREES: off by 1" in report.render(tmp_path)
+
+
+def test_clips_per_second_and_kept_bytes_have_columns_where_known(tmp_path):
+    clips = {"shapes": {"clips": 1024}, "benchmark": "ops/mel_filterbank"}
+    rows = [on_gpu("1024 clips", "fastast", 2.0, **clips)]
+    kept = {"benchmark": "ops/segment_pool"}
+    rows += [on_gpu("length 16, forward", "fastast", 2.0, saved_bytes=2**20, **kept)]
+    rows += [on_gpu("length 16, forward", "padded", 4.0, saved_bytes=2**25, **kept)]
+    results.merge(tmp_path / "a-gpu" / "ops.json", rows, run())
+    page = report.render(tmp_path)
+    assert "clips / s" in page and "| 512,000 |" in page
+    assert "| fastast, kept MiB | padded, kept MiB |" in page and "| 1 | 32 |" in page
+
+
+def test_a_figure_of_attention_is_drawn_and_linked(gpu_results):
+    pytest.importorskip("matplotlib")
+    page = gpu_results / "docs" / "page.md"
+    report.write(gpu_results, page)
+    image = gpu_results / "docs" / "figures" / "attention_a_gpu.png"
+    assert image.stat().st_size > 1000
+    assert "![ops/packed_attention](figures/attention_a_gpu.png)" in page.read_text()
+
+
+def test_a_figure_shows_times_over_ours(gpu_results):
+    rows = results.load(gpu_results / "a-gpu" / "ops.json")["rows"]
+    (panel,) = figures.curves(rows).items()
+    assert panel[0] == ("forward", 64)
+    assert panel[1]["padded"] == pytest.approx({16: 8.0, 512: 1.5})
+    assert panel[1]["nested"] == pytest.approx({16: 4.0})
+    assert panel[1]["fastast"] == {16: 1.0, 512: 1.0}
 
 
 def test_what_was_not_measured_is_blank(tmp_path):

@@ -1,4 +1,10 @@
+import gc
+import multiprocessing
+import subprocess
+import sys
 import threading
+import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,6 +191,97 @@ def test_processes_leave_the_random_state_alone(tones):
     before = torch.get_rng_state()
     list(make(tones, workers=1).epoch(0))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_processes_end_with_the_loader_or_before(tones):
+    loader = make(tones, workers=2)
+    first = [tensors(batch) for batch in loader.epoch(0)]
+    old = multiprocessing.active_children()
+    assert len(old) == 2
+    loader.close()
+    assert not multiprocessing.active_children()
+    again = [tensors(batch) for batch in loader.epoch(0)]
+    for a, b in zip(again, first, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    new = multiprocessing.active_children()
+    assert len(new) == 2 and {p.pid for p in new}.isdisjoint(p.pid for p in old)
+    del loader
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_frees_the_loader_without_the_garbage_collector(tones, workers):
+    """It calls finalizers in any order, and DataLoader's processes do not end in every one."""
+    tones.paths[7].write_bytes(b"")
+    tones.forget()
+    gc.disable()
+    try:
+        with pytest.raises(AudioError) as error:
+            list(make(tones, workers=workers).epoch(0))
+        freed = weakref.ref(error.value)
+        del error
+        assert freed() is None
+    finally:
+        gc.enable()
+    assert not multiprocessing.active_children() and not loader_threads()
+
+
+def test_processes_end_when_their_parent_asks_and_not_before(tones):
+    loader = make(tones, workers=1)
+    list(loader.epoch(0))
+    (process,) = multiprocessing.active_children()
+    for name in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{name}", str(process.pid)], check=True)
+    assert len(list(loader.epoch(1))) == loader.num_batches(1)
+    process.terminate()
+    process.join(30)
+    assert process.exitcode == 0
+
+
+LEAVING = """
+import gc, sys
+from fastast import TokenBudget
+from fastast.data import AudioDataset, PackedLoader, Planner
+from fastast.tokens import PatchGeometry
+
+data, geometry = AudioDataset.from_folder(sys.argv[1], 8000), PatchGeometry(64, (16, 8))
+planner = Planner(data, geometry, budget=TokenBudget(200, 8, 64), window=200)
+loader = PackedLoader(planner, workers=int(sys.argv[2]))
+batches = loader.epoch(0)
+next(batches)
+"""
+
+
+GARBAGE = """
+cycle = [loader, batches]
+cycle.append(cycle)
+del cycle, loader, batches
+gc.collect()
+"""
+
+
+@pytest.mark.parametrize(
+    ("workers", "then"),
+    [
+        pytest.param(0, "", id="thread"),
+        pytest.param(2, "", id="within an epoch"),
+        pytest.param(2, "list(batches)", id="after an epoch"),
+        pytest.param(2, "raise ValueError", id="by an error"),
+        pytest.param(1, GARBAGE, id="collected as garbage"),
+    ],
+)
+def test_python_exits_whatever_became_of_a_loader(tones, workers, then):
+    folder = tones.paths[0].parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVING + then, folder, str(workers)],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    failed = "raise" in then
+    assert done.returncode == failed, done.stderr
+    assert len(done.stderr.splitlines()) == 3 * failed, done.stderr
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -86,6 +86,7 @@ def test_one_compilation_for_ragged_batches(budget):
         tiled.backward_keys,
         whole.forward,
         whole.backward,
+        whole.backward_walk,
     )
 
     def compiled():

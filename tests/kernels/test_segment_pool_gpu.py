@@ -5,7 +5,13 @@ import torch
 
 from fastast import Segments, TokenBudget
 from fastast.ops import segment_pool
-from tests.testing import GEOMETRIES, Geometry, assert_as_accurate, forward_and_gradients
+from tests.testing import (
+    GEOMETRIES,
+    Geometry,
+    assert_as_accurate,
+    forward_and_gradients,
+    over_draws,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -18,8 +24,8 @@ SHAPES = {
 }
 
 
-def inputs_of(geometry, dtype, dim):
-    torch.manual_seed(0)
+def inputs_of(geometry, dtype, dim, seed=0):
+    torch.manual_seed(seed)
     x = torch.randn(geometry.rows, dim, device="cuda")
     u = torch.randn(QUERIES, dim, device="cuda") / dim**0.5
     grad = torch.randn(geometry.segments.num_segments, QUERIES, dim, device="cuda")
@@ -35,14 +41,22 @@ def pool(segments, **options):
 @pytest.mark.parametrize("dim", [24, 192, 384, 768, 1024])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_as_accurate_as_eager(geometry, dim, dtype):
-    inputs, grad = inputs_of(geometry, dtype, dim)
-    inputs[0][geometry.used :] = torch.nan
-    found = forward_and_gradients(pool(geometry.segments), inputs, grad)
-    inputs[0][geometry.used :] = 0
-    reference = pool(geometry.segments, backend="reference")
-    eager = forward_and_gradients(reference, inputs, grad)
-    truth = forward_and_gradients(reference, [x.double() for x in inputs], grad.double())
-    assert_as_accurate(found, eager, truth)
+    from fastast.kernels.segment_pool import max_dim
+
+    if dim > max_dim(90, dtype):
+        pytest.skip("left to PyTorch's own operations")
+
+    def results(seed):
+        inputs, grad = inputs_of(geometry, dtype, dim, seed)
+        inputs[0][geometry.used :] = torch.nan
+        found = forward_and_gradients(pool(geometry.segments), inputs, grad)
+        inputs[0][geometry.used :] = 0
+        reference = pool(geometry.segments, backend="reference")
+        eager = forward_and_gradients(reference, inputs, grad)
+        truth = forward_and_gradients(reference, [x.double() for x in inputs], grad.double())
+        return found, eager, truth
+
+    assert_as_accurate(*over_draws(results, 8 if dtype == torch.float32 else 1))
 
 
 def test_float32_queries_of_a_bfloat16_stream():
@@ -166,7 +180,8 @@ def test_more_elements_than_32_bits_count():
     u = torch.randn(QUERIES, dim, device="cuda", dtype=torch.bfloat16) / 32
     grad = torch.randn(2, QUERIES, dim, device="cuda", dtype=torch.bfloat16)
     out, dx, _ = forward_and_gradients(pool(geometry.segments), (x, u), grad)
-    alone = Segments.from_lengths([100])
-    expected = forward_and_gradients(pool(alone), (x[-100:].clone(), u), grad[1:])
-    torch.testing.assert_close(out[1:], expected[0])
-    torch.testing.assert_close(dx[-100:], expected[1])
+    reference = pool(Segments.from_lengths([100]), backend="reference")
+    last, last_grad = x[-100:].clone(), grad[1:]
+    eager = forward_and_gradients(reference, (last, u), last_grad)[:2]
+    truth = forward_and_gradients(reference, (last.double(), u.double()), last_grad.double())[:2]
+    assert_as_accurate([out[1:], dx[-100:]], eager, truth)

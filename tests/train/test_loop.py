@@ -1,6 +1,7 @@
 """What the loop does besides training: averages, early stopping, signals, bad files, logs."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -193,6 +194,23 @@ def test_bad_files_stop_a_run_that_asks_for_it(damaged, tmp_path, file, workers)
         write_tone(tmp_path / "data" / other, 440.0, 0.5)
     with pytest.raises(ValueError, match=rf"{file}.*; "):
         fit(recipe, tmp_path / "run", quiet=True)
+
+
+@pytest.mark.parametrize("method", ["_log_steps", "_finish_epoch"])
+def test_an_error_that_is_kept_keeps_no_decoding_processes(recipe, tmp_path, monkeypatch, method):
+    """Python keeps the error that ends it, with all that its traceback holds."""
+    recipe = change(recipe, "train", workers=1, log_every=2)
+
+    def fail(training):
+        assert multiprocessing.active_children()
+        if method == "_finish_epoch":
+            training._validate()
+        raise FloatingPointError
+
+    monkeypatch.setattr(loop._Training, method, fail)
+    with pytest.raises(FloatingPointError) as error:
+        fit(recipe, tmp_path, quiet=True)
+    assert error.traceback and not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("validation", [0.0, 0.2])

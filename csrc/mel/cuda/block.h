@@ -129,13 +129,7 @@ FASTAST_INLINE void write_rows(const BlockTile<Threads>& tile, const Task& task,
     for (int f = 0; f < kFrames; ++f) {
       if (first + frame + f >= task.num_rows) continue;
       const float value = tile.rows[frame + f].alive ? values[f] : 0.0f;
-      const std::int64_t place = (first + frame + f) * task.num_mels + m;
-      if (task.bfloat16_out) {
-        static_cast<std::uint16_t*>(task.out)[place] =
-            static_cast<std::uint16_t>(bfloat16_bits(value));
-      } else {
-        static_cast<float*>(task.out)[place] = value;
-      }
+      store_output(task, (first + frame + f) * task.num_mels + m, value);
     }
   });
 }

@@ -13,6 +13,12 @@
 
 #include "../cpu/filterbank.h"
 #include "../cuda/block.h"
+#include "../cuda/warp.h"
+
+namespace fastast::mel {
+template <>
+struct Integers<Lanes<kLanes>> : LaneIntegers<kLanes> {};
+}  // namespace fastast::mel
 
 namespace mel = fastast::mel;
 
@@ -36,6 +42,93 @@ class ShuffledThreads {
  private:
   mutable std::mt19937 random_;
 };
+
+// Stands for a warp, all of whose lanes take each step together. On a GPU they need not: between two
+// calls of sync() a lane may be ahead of another. So what was stored cannot be loaded before the next
+// one (it is NaN till then), nor can a place be stored to that another lane has used since the last
+// (it becomes NaN).
+class LockstepWarp {
+ public:
+  using Value = mel::Lanes<mel::kLanes>;
+
+  explicit LockstepWarp(int bytes) : memory_(bytes / 4) {}
+
+  template <class F>
+  void each(const F& f) const {
+    for (int lane = 0; lane < mel::kLanes; ++lane) f(lane);
+  }
+  template <class F>
+  Value map(const F& f) const {
+    Value values;
+    each([&](int lane) { values[lane] = f(lane); });
+    return values;
+  }
+  template <class F>
+  Value choose(const F& f, const Value& a, const Value& b) const {
+    return map([&](int lane) { return f(lane) ? a[lane] : b[lane]; });
+  }
+  template <class F>
+  Value shuffle(const Value& value, const F& f) const {
+    return map([&](int lane) { return value[f(lane)]; });
+  }
+  Value sum(Value value) const {
+    for (int step = mel::kLanes / 2; step > 0; step /= 2) {
+      value = value + shuffle(value, [&](int lane) { return lane ^ step; });
+    }
+    return value;
+  }
+  template <class F>
+  void put(const F& f, const mel::Complex<Value>& z) const {
+    each([&](int lane) {
+      store(lane, 2 * f(lane), z.re[lane]);
+      store(lane, 2 * f(lane) + 1, z.im[lane]);
+    });
+  }
+  template <class F>
+  mel::Complex<Value> get(const F& f) const {
+    return {map([&](int lane) { return load(lane, 2 * f(lane)); }),
+            map([&](int lane) { return load(lane, 2 * f(lane) + 1); })};
+  }
+  float at(const Value& value, int lane) const { return value[lane]; }
+  float load(int lane, int place) const {
+    Word& word = memory_.at(place);
+    word.reader = word.reader == kNobody || word.reader == lane ? lane : kSeveral;
+    return word.writer == kNobody ? word.value : std::nanf("");
+  }
+  void store(int lane, int place, float value) const {
+    Word& word = memory_.at(place);
+    const auto other = [&](int who) { return who != kNobody && who != lane; };
+    word.value = other(word.reader) || other(word.writer) ? std::nanf("") : value;
+    word.writer = lane;
+  }
+  template <class F>
+  void rows(int count, const F& f) const {
+    rows_.clear();
+    for (int i = 0; i < count; ++i) rows_.push_back(f(i));
+  }
+  const mel::Row& row(int i) const { return rows_.at(i); }
+  void sync() const {
+    for (Word& word : memory_) word.reader = word.writer = kNobody;
+  }
+
+ private:
+  static constexpr int kNobody = -1, kSeveral = -2;
+  struct Word {
+    float value = std::nanf("");
+    int reader = kNobody, writer = kNobody;
+  };
+
+  mutable std::vector<Word> memory_;
+  mutable std::vector<mel::Row> rows_;
+};
+
+template <int kPoints>
+void run_all_warps(const mel::Task& task) {
+  using Shape = mel::WarpShape<kPoints>;
+  for (std::int64_t index = 0; index * Shape::kFrames < task.num_rows; ++index) {
+    mel::run_warp<kPoints>(LockstepWarp(Shape::kBytes), task, index);
+  }
+}
 
 }  // namespace
 
@@ -65,6 +158,23 @@ void run_blocks(const mel::Task* task, unsigned seed) {
     const std::unique_ptr<double[]> memory(new double[words]);
     std::fill_n(memory.get(), words, std::nan(""));
     mel::run_block(ShuffledThreads(seed), *task, shape, memory.get(), block);
+  }
+}
+
+// What the GPU's warps do, for the sizes of the transform that they have code for.
+bool run_warps(const mel::Task* task) {
+  switch (task->fft_size) {
+    case 512:
+      run_all_warps<256>(*task);
+      return true;
+    case 1024:
+      run_all_warps<512>(*task);
+      return true;
+    case 2048:
+      run_all_warps<1024>(*task);
+      return true;
+    default:
+      return false;
   }
 }
 
