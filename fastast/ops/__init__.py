@@ -2,6 +2,7 @@
 
 from fastast.ops import _native
 from fastast.ops.distillation import distillation_cross_entropy
+from fastast.ops.info_nce import InfoNCE, info_nce
 from fastast.ops.mel_filterbank import (
     MelPlan,
     dither_keys,
@@ -19,6 +20,7 @@ from fastast.ops.packed_attention import (
 from fastast.ops.segment_pool import segment_pool
 
 __all__ = [
+    "InfoNCE",
     "MelPlan",
     "Padding",
     "distillation_cross_entropy",
@@ -26,6 +28,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "frame_segments",
     "hop_from_ms",
+    "info_nce",
     "mel_filterbank",
     "mel_filterbank_reference",
     "packed_attention",
