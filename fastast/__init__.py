@@ -5,7 +5,15 @@ end, and :class:`Segments` says where each begins. See ``docs/concepts.md``.
 """
 
 from fastast.interop import from_reference
-from fastast.models import AST, ElasticAST, create_model, list_models
+from fastast.models import (
+    AST,
+    SSAST,
+    ElasticAST,
+    SSASTPretraining,
+    create_model,
+    create_pretraining_model,
+    list_models,
+)
 from fastast.nn import AttentionPool, MelFilterbank, PackedAttention
 from fastast.segments import Segments, Spectrograms, TokenBudget
 
@@ -13,14 +21,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AST",
+    "SSAST",
     "AttentionPool",
     "ElasticAST",
     "MelFilterbank",
     "PackedAttention",
+    "SSASTPretraining",
     "Segments",
     "Spectrograms",
     "TokenBudget",
     "create_model",
+    "create_pretraining_model",
     "from_reference",
     "list_models",
 ]

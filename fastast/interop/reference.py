@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from fastast.interop import ast, elastic_ast
+from fastast.interop import ast, elastic_ast, ssast
 
 _CONVERTERS: dict[str, Callable[[dict[str, Tensor], dict], nn.Module]] = {
     "ast": ast.from_state_dict,
     "elastic_ast": elastic_ast.from_state_dict,
+    "ssast": ssast.from_state_dict,
 }
 
 
@@ -21,7 +22,8 @@ def from_reference(
 
     Args:
         state_dict: as published; a leading ``module.`` of each key is ignored.
-        family: ``"ast"`` (YuanGongND/ast) or ``"elastic_ast"`` (JiuFengSC/ElasticAST).
+        family: ``"ast"`` (YuanGongND/ast), ``"ssast"`` (YuanGongND/ssast) or ``"elastic_ast"``
+            (JiuFengSC/ElasticAST).
         config: what the keys cannot say, as the family's converter documents.
 
     Returns:

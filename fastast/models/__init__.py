@@ -2,6 +2,15 @@
 
 from fastast.models.ast import AST
 from fastast.models.elastic_ast import ElasticAST
-from fastast.models.registry import create_model, list_models
+from fastast.models.registry import create_model, create_pretraining_model, list_models
+from fastast.models.ssast import SSAST, SSASTPretraining
 
-__all__ = ["AST", "ElasticAST", "create_model", "list_models"]
+__all__ = [
+    "AST",
+    "SSAST",
+    "ElasticAST",
+    "SSASTPretraining",
+    "create_model",
+    "create_pretraining_model",
+    "list_models",
+]

@@ -7,16 +7,15 @@ row of the fixed grid; the mean of the two tokens is classified.
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastast.models.vit import PatchEmbed, Trunk, as_stream, init_vit_weights, register_sizes
+from fastast.models.grid_vit import GridViT, mean_of_class_tokens
+from fastast.models.vit import register_sizes
 from fastast.segments import Spectrograms
-from fastast.tokens import GridPositions, PatchGeometry, PatchGrid
+from fastast.tokens import PatchGrid
 
 
-class AST(nn.Module):
+class AST(GridViT):
     """Classifier for spectrograms of one length.
 
     Other lengths are accepted: the position table is then laid over each clip's own grid, as
@@ -49,32 +48,20 @@ class AST(nn.Module):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
     ) -> None:
-        super().__init__()
-        self.geometry = PatchGeometry(num_mels, patch_size, stride, prefix=2)
-        self.input_frames = input_frames
-        time_patches = self.geometry.time_patches(input_frames)
-        if time_patches < 1:
-            raise ValueError(
-                f"input_frames ({input_frames}) is shorter than a patch ({patch_size[1]} frames)"
-            )
-        self.patch_embed = PatchEmbed(self.geometry, dim)
-        self.prefix = nn.Parameter(torch.empty(2, dim))  # cls, dist
-        self.positions = GridPositions(2, self.geometry.freq_patches, time_patches, dim)
-        self.trunk = Trunk(dim, depth, num_heads, mlp_ratio=mlp_ratio)
+        super().__init__(
+            input_frames=input_frames,
+            num_mels=num_mels,
+            patch_size=patch_size,
+            stride=stride,
+            dim=dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            shorter="stretch",
+        )
         self.norm = nn.LayerNorm(dim, eps=1e-5)  # unlike the trunk's 1e-6, as in the original
         self.head = nn.Linear(dim, num_classes)
-        nn.init.trunc_normal_(self.prefix, std=0.02)
-        self.apply(init_vit_weights)
-
-    def forward_features(
-        self, inputs: Spectrograms | Tensor, grid: PatchGrid | None = None
-    ) -> tuple[Tensor, PatchGrid]:
-        """Token features ``[rows, dim]`` after the trunk, and the list of what each row is."""
-        frames, grid = as_stream(inputs, grid, self.geometry)
-        patches = self.patch_embed(frames, grid)
-        prefix = F.embedding(grid.prefix_id.clamp(min=0), self.prefix).to(patches.dtype)
-        tokens = torch.where((grid.prefix_id >= 0)[:, None], prefix, patches)
-        return self.trunk(tokens + self.positions(grid), grid.segments), grid
+        self.init_weights()
 
     def embed(self, inputs: Spectrograms | Tensor, grid: PatchGrid | None = None) -> Tensor:
         """What the linear classifier reads of each clip: ``[clips, dim]``, in input order.
@@ -82,11 +69,7 @@ class AST(nn.Module):
         The mean of the two tokens after the last norm. Arguments as of :meth:`forward`.
         """
         features, grid = self.forward_features(inputs, grid)
-        # Empty segments have no class tokens; any row serves, since their logits mean nothing.
-        if grid.num_rows < 2:
-            features = F.pad(features, (0, 0, 0, 2))
-        cls = grid.segments.offsets[:-1].clamp(max=features.shape[0] - 2)
-        return self.norm((F.embedding(cls, features) + F.embedding(cls + 1, features)) / 2)
+        return self.norm(mean_of_class_tokens(features, grid))
 
     def forward(self, inputs: Spectrograms | Tensor, grid: PatchGrid | None = None) -> Tensor:
         """Logits ``[clips, num_classes]`` in input order.
