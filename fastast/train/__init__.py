@@ -10,6 +10,7 @@ from fastast.train.recipe import (
     FrontendConfig,
     ModelConfig,
     Recipe,
+    SSASTConfig,
     TrainConfig,
 )
 from fastast.train.run import RunDirectory, load_model
@@ -22,6 +23,7 @@ __all__ = [
     "OptimConfig",
     "Recipe",
     "RunDirectory",
+    "SSASTConfig",
     "Score",
     "TrainConfig",
     "build_method",

@@ -120,10 +120,12 @@ class ModelConfig:
     Args:
         name: one of ``fastast.list_models()``.
         patch_size: mel bins and frames.
-        stride: mel bins and frames between patches, for AST.
+        stride: mel bins and frames between patches, for AST and SSAST.
         dim, depth, num_heads: of the trunk.
         max_time_patches: columns of ElasticAST's time table.
-        pool: ElasticAST's pooling, ``attention`` or ``mean``.
+        pool: ElasticAST's pooling, ``attention`` or ``mean``; SSAST's, ``mean`` or ``cls``.
+        init: pre-trained weights to start from: a run directory, a ``model.safetensors``, or a
+            ``.pth`` as SSAST's authors publish it. Positions are adapted. For SSAST.
     """
 
     name: str = "elastic_ast_tiny"
@@ -134,6 +136,33 @@ class ModelConfig:
     num_heads: int | None = None
     max_time_patches: int | None = None
     pool: str | None = None
+    init: str | None = None
+
+
+@dataclass
+class SSASTConfig:
+    """SSAST's pre-training, for ``train.method: ssast``. Defaults are the paper's.
+
+    Args:
+        mask_ratio: share of a clip's patches that is masked; 400 of 512.
+        cluster: smallest and largest side of the squares of patches that are masked together.
+            Models of whole frames have them masked one by one.
+        generative_weight: weight of the generative loss beside the discriminative one.
+        negatives: what a prediction is contrasted with: other ``targets`` (the paper), or for a
+            target other ``predictions`` (the code).
+        separate_masks: a mask and a forward pass for either loss (the code).
+        clusters_as_code: draw the squares as the code does.
+    """
+
+    mask_ratio: float = 0.78125
+    cluster: tuple[int, int] = (3, 5)
+    generative_weight: float = 10.0
+    negatives: Literal["targets", "predictions"] = "targets"
+    separate_masks: bool = False
+    clusters_as_code: bool = False
+
+    def __post_init__(self) -> None:
+        check_choices(self, "ssast")
 
 
 @dataclass
@@ -141,6 +170,8 @@ class TrainConfig:
     """The run.
 
     Args:
+        method: what is learnt: the clips' classes (``supervised``), or, without labels, masked
+            patches (``ssast``).
         epochs: passes over the training clips.
         max_tokens: stop after this many tokens have been seen, if sooner.
         batch_tokens: tokens of a batch at most, on each rank.
@@ -160,7 +191,8 @@ class TrainConfig:
         average_from: first epoch of the mean, counted from 1.
         average_best: number of best epochs; 1 is the best one alone.
         metric: what is best on validation. Default: ``accuracy``, or ``mAP`` where clips have
-            several labels.
+            several labels; ``loss`` where none are learnt. SSAST's ``accuracy`` is that of
+            recognising masked patches.
         patience: stop after this many epochs without a better metric. Default: never.
         seed: of weights, order and augmentation.
         device: ``auto`` takes a GPU if there is one.
@@ -173,6 +205,7 @@ class TrainConfig:
         log_clips: log which clips each step has seen.
     """
 
+    method: Literal["supervised", "ssast"] = "supervised"
     epochs: int = 20
     max_tokens: int | None = None
     batch_tokens: int = 4096
@@ -230,6 +263,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    ssast: SSASTConfig = field(default_factory=SSASTConfig)
 
     def to_dict(self) -> dict:
         """As plain types, for YAML and JSON."""
