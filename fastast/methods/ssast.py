@@ -1,7 +1,7 @@
 r"""SSAST's pre-training: masked patches are to be recognised and to be restored.
 
 Gong, Lai, Chung and Glass, "SSAST: Self-Supervised Audio Spectrogram Transformer", AAAI 2022,
-sections 2.3 and 2.4, algorithm 1. Of each clip some patches :math:`x_i, i \in I` are masked. From
+equation 1 and algorithm 1. Of each clip some patches :math:`x_i, i \in I` are masked. From
 the tokens at their places, one head predicts :math:`c_i`, which is to match its own patch better
 than the clip's other masked ones, and another :math:`r_i`, which is to equal it:
 
