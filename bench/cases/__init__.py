@@ -3,6 +3,7 @@
 from bench.cases import (
     distillation,
     elastic_ast,
+    masking,
     mel_filterbank,
     memory,
     packed_attention,
@@ -14,6 +15,7 @@ __all__ = [
     "TRUNK_SIZES",
     "distillation",
     "elastic_ast",
+    "masking",
     "mel_filterbank",
     "memory",
     "packed_attention",

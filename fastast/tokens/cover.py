@@ -12,7 +12,7 @@ the cell :math:`(i, j)` if :math:`r_{ki} c_{kj} = 1`, with indicators of its row
 so one batched matrix product, and the exponents of its results, give the first cover of all cells
 of all clips. This is exact in any floating-point format with enough exponents, whatever its
 precision and the order of the sum, since no rounding carries :math:`\tfrac{4}{3}` up to 4. Float32
-has exponents for 120 rectangles; more are taken in groups of that many.
+has exponents for 123 rectangles; more are taken in groups of that many.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GROUP = 120
-"""Rectangles of one product: their weights are ``4**60`` down to ``4**-59``."""
-NEVER = 2**15 - 1
-"""The first cover of a cell that nothing covers."""
+GROUP = 123
+"""Rectangles of one product: their weights are ``4**60`` down to ``4**-62``."""
 
 
-def first_cover(
+def cover_rank(
     rows: tuple[Tensor, Tensor], cols: tuple[Tensor, Tensor], size: tuple[int, int]
-) -> Tensor:
-    """The first rectangle that covers each cell.
+) -> tuple[Tensor, int]:
+    """How early each cell is covered.
 
     Args:
         rows: begins and ends of the rectangles' rows, integers ``[clips, K]`` each, with fewer than
@@ -38,26 +36,30 @@ def first_cover(
         size: rows and columns of the grid.
 
     Returns:
-        int16 ``[clips, *size]``, :data:`NEVER` where nothing covers the cell.
+        int16 ``[clips, *size]``: where rectangle ``f`` is the first that covers the cell,
+        ``most - f``; 0 where none does. And ``most``, a number not below ``K``.
     """
     clips, count = rows[0].shape
     device = rows[0].device
-    first = torch.full((clips, *size), NEVER, dtype=torch.int16, device=device)
+    groups = max(1, -(-count // GROUP))
     exponents = 2 * (60 - torch.arange(GROUP, dtype=torch.int32, device=device))
     weight = (exponents + 127 << 23).view(torch.float32)  # 2**exponents, made of their bits
+    rank = None
     with torch.autocast(device.type, enabled=False):
-        for begin in range(0, count, GROUP):
-            part = slice(begin, begin + GROUP)
-            inside_rows = _inside(rows, part, size[0])
-            inside_cols = _inside(cols, part, size[1])
-            left = inside_rows * weight[: inside_rows.shape[1], None]
-            sums = left.mT @ inside_cols.to(torch.float32)
-            # All exponents are even, so that the highest eight bits, of which the first is no
-            # number's that is not negative, are half of them: 63 more, or 0 where the sum is.
-            half = (sums.view(torch.int32) >> 24).to(torch.int16)
-            found = torch.where(half > 0, 123 + begin - half, NEVER)
-            first = torch.minimum(first, found)
-    return first
+        for group in range(groups):
+            part = slice(group * GROUP, (group + 1) * GROUP)
+            left, right = (_inside(rows, part, size[0]), _inside(cols, part, size[1]))
+            # The weights go to the columns, which are fewer where it matters: mel bins.
+            weighted = right * weight[: right.shape[1], None]
+            sums = left.to(torch.float32).mT @ weighted
+            # The exponents are even. So the first eight bits, of which the first is the sign,
+            # which is not set, are half of the exponent and 63 more: 123 to 1, or 0 where the sum
+            # is.
+            found = (sums.view(torch.int32) >> 24).to(torch.int16)
+            if groups > 1:
+                found = torch.where(found > 0, found + (groups - 1 - group) * GROUP, 0)
+            rank = found if rank is None else torch.maximum(rank, found)
+    return rank, groups * GROUP
 
 
 def _inside(interval: tuple[Tensor, Tensor], part: slice, size: int) -> Tensor:

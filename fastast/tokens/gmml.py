@@ -20,16 +20,18 @@ bit at a time, for all clips at once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastast.random import below, purpose_key, random_bits, unit_interval
 from fastast.segments import Segments, Spectrograms
-from fastast.tokens.cover import first_cover
+from fastast.tokens.cover import cover_rank
 from fastast.tokens.grid import PatchGeometry, PatchGrid
 from fastast.tokens.patchify import patchify
 
@@ -117,9 +119,10 @@ class GMML:
         if min(self.align) < 1:
             raise ValueError(f"align must be at least (1, 1), got {self.align}")
         most = max(high, self.alien_ratio if self.alien_share > 0 else 0.0)
-        # Twice as many as cover that on average: a clip that needs more, or is too
-        # short for any number to do, has to do with these.
-        object.__setattr__(self, "_blocks_drawn", 8 + 2 * _mean_blocks(most, self.max_block))
+        # Half as many again as cover that on average, and a few. Of shares up to 0.8, one clip in
+        # thousands needs more and has to do with these, as one has that is too short for any.
+        drawn = 12 + math.ceil(1.5 * _mean_blocks(most, self.max_block))
+        object.__setattr__(self, "_blocks_drawn", drawn)
 
     @property
     def _range(self) -> tuple[float, float]:
@@ -160,24 +163,31 @@ class GMML:
         if clips == 0:
             mask = torch.zeros(frames.shape, dtype=torch.bool, device=frames.device)
             return Corrupted(spectrograms, mask, blocks.alien)
-        first = first_cover(blocks.times, blocks.freqs, (segments.max_length, frames.shape[1]))
-        count = _blocks_needed(first, blocks.needed, self._blocks_drawn)
+        size = (segments.max_length, frames.shape[1])
+        rank, most = cover_rank(blocks.times, blocks.freqs, size)
+        count = _blocks_needed(rank, most, blocks.needed, self._blocks_drawn)
 
         clip = segments.row_ids(num_rows).clamp(max=clips - 1)
         place = torch.arange(num_rows, device=clip.device) - segments.offsets[clip]
         alive = segments.row_mask(num_rows)
-        first = first.flatten(0, 1)[clip * first.shape[1] + place.clamp(max=first.shape[1] - 1)]
-        mask = (first < count[clip, None]) & alive[:, None]
+        at = clip * size[0] + place.clamp(max=size[0] - 1)
+        mask = rank.flatten(0, 1).index_select(0, at) > (most - count)[clip, None]
+        mask = mask & alive[:, None]
 
+        alien = blocks.alien[clip] & alive
         value = self._fill(frames, clip_ids[clip], place, seed, epoch)
         if self.alien_share > 0:
             partner = blocks.partner if partner is None else partner
             length = segments.lengths[partner].clamp(min=1)
             row = segments.offsets[partner][clip] + place % length[clip]
-            other = frames[row.clamp(max=num_rows - 1)]
-            value = torch.where(blocks.alien[clip, None], other, value)
-        corrupted = torch.where(mask, value, frames)
-        corrupted = torch.where(alive[:, None], corrupted, 0)
+            # Where blocks are not of another clip, a row of zeros behind the others.
+            row = torch.where(alien, row.clamp(max=num_rows - 1), num_rows)
+            other = F.pad(frames, (0, 0, 0, 1)).index_select(0, row)
+            value = other if self.fill == "zeros" else torch.where(alien[:, None], other, value)
+        if self.fill != "zeros":
+            value = torch.where(alive[:, None], value, 0)
+        # Dead rows are replaced as well, with zero.
+        corrupted = torch.where(mask | ~alive[:, None], value, frames)
         return Corrupted(Spectrograms(corrupted, segments), mask, blocks.alien)
 
     def draw(
@@ -273,17 +283,17 @@ def _mean_blocks(share: float, max_block: float) -> int:
     return blocks
 
 
-def _blocks_needed(first: Tensor, needed: Tensor, drawn: int) -> Tensor:
-    """How many blocks it takes to cover ``needed [S]`` pixels, all that were drawn if they do not:
-    ``[S]``, in the dtype of the first covers."""
+def _blocks_needed(rank: Tensor, most: int, needed: Tensor, drawn: int) -> Tensor:
+    """How many blocks it takes to cover ``needed [S]`` pixels, or all that were drawn: int16
+    ``[S]``. Arguments: of :func:`cover_rank`."""
     count = torch.zeros_like(needed)
     for place in reversed(range(drawn.bit_length())):
         # If one block fewer does not do, it takes so many at least.
         trial = count + (1 << place)
-        fewer = (trial - 1).to(first.dtype)[:, None, None]
-        covered = (first < fewer).sum((1, 2), dtype=torch.int32)
+        limit = (most - (trial - 1)).to(rank.dtype)[:, None, None]
+        covered = (rank > limit).sum((1, 2), dtype=torch.int32)
         count = torch.where(covered < needed, trial, count)
-    return count.clamp(max=drawn).to(first.dtype)
+    return count.clamp(max=drawn).to(rank.dtype)
 
 
 def _another(lengths: Tensor, bits: Tensor) -> Tensor:

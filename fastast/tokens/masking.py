@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fastast.random import below, purpose_key, random_bits
-from fastast.tokens.cover import NEVER, first_cover
+from fastast.tokens.cover import cover_rank
 from fastast.tokens.grid import PatchGeometry, PatchGrid, kept_patches
 
 _UNSTRUCTURED = purpose_key("token drop")  # the draws of `random_keep`
@@ -204,31 +204,31 @@ class ClusteredMask:
         size = (clips.freq, clips.max_width)
         width = width[:, None]
         if self.as_code:
-            first = first_cover((freq, freq + side), (time, width.minimum(time + side)), size)
+            corner = (freq, freq + side), (time, width.minimum(time + side))
+            rank, last = cover_rank(*corner, size)
             rest = (torch.zeros_like(time), width.minimum(time + side - width))
-            wrapped = first_cover((freq + 1, freq + 1 + side), rest, size)
-            first = torch.minimum(first, wrapped)
-            first[:, 0, 0] = NEVER
+            rank = torch.maximum(rank, cover_rank((freq + 1, freq + 1 + side), rest, size)[0])
+            rank[:, 0, 0] = 0
         else:
             freq, time = freq - (side - 1) // 2, time - (side - 1) // 2
-            first = first_cover((freq, freq + side), (time, width.minimum(time + side)), size)
+            square = (freq, freq + side), (time, width.minimum(time + side))
+            rank, last = cover_rank(*square, size)
         # In the order of their covers, and within a cover in the order of the patches. What is
         # never covered comes last; what is no patch of the clip, never.
-        place = torch.arange(most, device=first.device)
-        valid = (place % clips.max_width < width).view(first.shape)
-        first = first.long()
-        order = torch.where(valid, first * most + place.view(size), torch.iinfo(torch.int64).max)
-        order, first = order.flatten(1), first.flatten(1)
+        turn = last - rank.flatten(1).long()
+        place = torch.arange(most, device=turn.device)
+        valid = place % clips.max_width < width
+        order = torch.where(valid, turn * most + place, torch.iinfo(torch.int64).max)
         masked = (patches.double() * self.ratio).long().minimum((patches - 1).clamp(min=0))
         ranked = order.sort(1).values
         if self.as_code:
             # It stops when *more* than enough are covered.
-            last = ranked.gather(1, masked[:, None].clamp(max=most - 1)) // most
-            covered = (first <= last) & valid.flatten(1)
+            final = ranked.gather(1, masked[:, None].clamp(max=most - 1)) // most
+            covered = (turn <= final) & valid
             chosen = covered & (covered.cumsum(1) <= masked[:, None])
         else:
-            last = ranked.gather(1, (masked - 1).clamp(min=0)[:, None])
-            chosen = (order <= last) & (masked[:, None] > 0)
+            final = ranked.gather(1, (masked - 1).clamp(min=0)[:, None])
+            chosen = (order <= final) & (masked[:, None] > 0)
         return clips.masked(chosen, grid.freq * clips.max_width + grid.time)
 
     def _num_clusters(self, patches: int) -> int:

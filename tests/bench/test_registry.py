@@ -20,6 +20,8 @@ def test_the_three_groups_are_registered():
     assert bench.cases.TRUNK_SIZES.keys() == {"tiny", "small", "base"}
     assert set(BENCHMARKS) == {
         "ops/distillation",
+        "ops/corruption",
+        "ops/masking",
         "ops/mel_filterbank",
         "ops/packed_attention",
         "ops/segment_pool",

@@ -133,8 +133,8 @@ def test_statistics_of_the_original(name, shared_dir):
 @pytest.mark.parametrize(
     "gmml, lengths",
     [
-        (GMML(), (592, 48, 9)),
-        (GMML(ratio=0.9), (592, 48)),
+        (GMML(), (592, 48)),
+        (GMML(ratio=0.8), (592,)),
         (GMML(align=(16, 16)), (592, 160)),
         (GMML(ratio=0.3), (592, 48, 9)),
     ],

@@ -13,7 +13,7 @@ from fastast.tokens import (
     UnstructuredMask,
     random_keep,
 )
-from fastast.tokens.cover import NEVER, first_cover
+from fastast.tokens.cover import cover_rank
 
 KEYS = {"seed": 3, "epoch": 5}
 GEOMETRY = PatchGeometry(128, (16, 16), prefix=1)
@@ -200,31 +200,33 @@ def test_clusters_are_clusters():
 # First covers ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [0, 1, 119, 120, 121, 300])
-def test_first_cover(count):
+@pytest.mark.parametrize("count", [0, 1, 122, 123, 124, 300])
+def test_cover_rank(count):
     generator = torch.Generator().manual_seed(count)
     bounds = torch.randint(-3, 22, (4, 3, count), generator=generator)
     rows, cols = (bounds[0], bounds[1]), (bounds[2], bounds[3])
-    first = first_cover(rows, cols, (17, 20))
-    expected = torch.full((3, 17, 20), NEVER)
+    rank, most = cover_rank(rows, cols, (17, 20))
+    assert most >= count
+    expected = torch.zeros(3, 17, 20, dtype=torch.int16)
     for clip in range(3):
         for k in reversed(range(count)):
             (a, b), (c, d) = ([int(x[clip, k]) for x in pair] for pair in (rows, cols))
-            expected[clip, max(a, 0) : max(b, 0), max(c, 0) : max(d, 0)] = k
-    assert torch.equal(first.long(), expected)
+            expected[clip, max(a, 0) : max(b, 0), max(c, 0) : max(d, 0)] = most - k
+    assert torch.equal(rank, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_first_cover_under_autocast(dtype):
-    """Where everything is covered by all rectangles from the k-th on: sums of 4/3."""
+def test_cover_rank_under_autocast(dtype):
+    """Also where a cell is covered by all rectangles from the k-th on: sums of 4/3."""
     begin = torch.arange(200)[None]
     rows = (begin, torch.full_like(begin, 200))
     cols = (torch.zeros_like(begin), torch.ones_like(begin))
     reverse = tuple(x.flip(1) for x in rows)
     with torch.autocast("cpu", dtype):
-        assert (first_cover(rows, cols, (200, 1)) == 0).all()
-        first = first_cover(reverse, cols, (200, 1))[0, :, 0]
-    assert torch.equal(first.long(), torch.arange(200).flip(0))
+        rank, most = cover_rank(rows, cols, (200, 1))
+        assert (rank == most).all()
+        rank, most = cover_rank(reverse, cols, (200, 1))
+    assert torch.equal(most - rank[0, :, 0].long(), torch.arange(200).flip(0))
 
 
 # The visible stream ---------------------------------------------------------------------------
