@@ -24,6 +24,9 @@ A row can be right in two ways: :math:`\mathrm{argmax}_j\, S_{ij} = i`, its quer
 :math:`\mathrm{argmax}_j\, P_{ji} = i`, its key finds its query among the probabilities. Both come
 with the loss, since the scores are there.
 
+There is no Triton kernel: on GPUs as on CPUs, PyTorch's own products take neighbouring segments of
+one length in one call, and wait for nothing.
+
 Layouts: ``queries, keys [rows, dim]``, ``member [rows]``, ``loss [rows]``, ``found [2, rows]``.
 Rows that take no part, dead ones among them, are never read; their loss and gradients are zero.
 Sums are accumulated in float32 at least, under autocast too.

@@ -152,6 +152,14 @@ def test_pretraining_resumes_bit_for_bit(pretraining, tmp_path):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def test_bf16(pretraining, tmp_path):
+    loss = {}
+    for bf16 in (False, True):
+        fit(with_train(pretraining, epochs=1, bf16=bf16), tmp_path / str(bf16), quiet=True)
+        loss[bf16] = RunDirectory(tmp_path / str(bf16)).metrics("epoch")[0]["loss"]
+    assert loss[True] == pytest.approx(loss[False], rel=0.02)
+
+
 def test_learns_without_labels(pretraining, tmp_path):
     pretraining.data = replace(
         pretraining.data,
