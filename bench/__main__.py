@@ -30,7 +30,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         choices=(*GROUPS, "report"),
         metavar="group",
         help="ops (single operations), e2e (training steps), memory (what is kept for the "
-        "backward; needs no GPU), report (writes docs/benchmarks.md from the results)",
+        "backward and what a process takes; needs no GPU), report (writes docs/benchmarks.md from "
+        "the results)",
     )
     parser.add_argument("--case", default="*", help="only cases that this pattern matches")
     parser.add_argument(

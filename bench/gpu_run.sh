@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 export OUT="${OUT:-bench/results}" PYTHONUNBUFFERED=1 FASTAST_GPU_KERNELS="${FASTAST_GPU_KERNELS:-all}"
 PYTHON="${PYTHON:-python3}"
 SECONDS_PER_STAGE=480
-ALL=(build import tests ops e2e memory sanitizer)
+ALL=(build import tests ops e2e memory sanitizer profile launches)
 
 # For this machine's GPU alone: all architectures take six times as long.
 build() {
@@ -52,12 +52,32 @@ sanitizer() {
         "$tool" --tool memcheck --error-exitcode 9 "$PYTHON" -m bench.sanitize
 }
 
+# What limits each kernel, by the hardware's counters, where the machine lets them be read.
+profile() {
+    local folder report tool
+    tool=$(command -v ncu || echo /usr/local/cuda/bin/ncu)
+    report=$(mktemp -d)/report
+    if ! timeout 300 "$tool" --clock-control none --profile-from-start off --set full \
+        --kernel-name 'regex:forward|backward|pool_|_kernel' -o "$report" \
+        "$PYTHON" -m bench.profile || [[ ! -f $report.ncu-rep ]]; then
+        echo "ncu does not run here: $tool"
+        return 5
+    fi
+    folder=$(dirname "$("$PYTHON" -m bench.stages path)")
+    mkdir -p "$folder"
+    "$tool" --import "$report.ncu-rep" --page details > "$folder/profile.txt"
+    grep -E '^  [a-z_]+.*\(|Duration|DRAM Throughput|Compute \(SM\) Throughput|Achieved Occupancy' \
+        "$folder/profile.txt"
+}
+
 run_stage() {
     case $1 in
         build) build ;;
         import) "$PYTHON" -c 'import fastast; print(fastast.__version__, *fastast.list_models())' ;;
         tests) gpu_tests ;;
+        launches) "$PYTHON" -m bench.launches --out "$OUT" ;;
         sanitizer) sanitizer ;;
+        profile) profile ;;
         # A clean commit's finished cases are kept, so a stage that ran out of time goes on.
         ops | e2e | memory) "$PYTHON" -m bench "$1" --device cuda --out "$OUT" --missing ;;
     esac

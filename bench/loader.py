@@ -85,6 +85,7 @@ def measure(root: Path, steps: int, run_dir: Path) -> dict:
     """Decoding, packing and waiting, of a folder per class."""
     from fastast import TokenBudget
     from fastast.data import AudioDataset, PackedLoader, Planner, read_audio
+    from fastast.ops import Framing
     from fastast.tokens import PatchGeometry
 
     dataset = AudioDataset.from_folder(root, RATE, cache=False)
@@ -92,7 +93,8 @@ def measure(root: Path, steps: int, run_dir: Path) -> dict:
     longest = geometry.num_tokens(1024)
     paths = list(dataset.paths)
     decode = _per_core_second(lambda: [read_audio(path, RATE) for path in paths], len(paths))
-    planner = Planner(dataset, geometry, budget=TokenBudget(16 * longest, 16, longest), window=400)
+    budget = TokenBudget(16 * longest, 16, longest)
+    planner = Planner(dataset, geometry, budget=budget, framing=Framing(RATE * 25 // 1000))
     loader = PackedLoader(planner)
     batches = _per_core_second(lambda: list(loader.epoch(0)), len(paths))
     return {

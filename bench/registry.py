@@ -54,6 +54,8 @@ class Contender:
             in the layout that all the case's contenders share.
         step: the work to be timed; leaves no gradients behind. ``None``: nothing is timed.
         saved_bytes: counts what the forward keeps for the backward (:mod:`bench.memory`).
+        peak_bytes: what the work takes at most, where the clock does not measure it, see
+            :mod:`bench.peak`.
         flops: of the matmuls over the rows that it computes, see :mod:`bench.flops`.
         bytes: of the operation's inputs, outputs and gradients in its layout, each read or
             written once per pass; intermediate results are not counted.
@@ -67,6 +69,7 @@ class Contender:
     outputs: Callable[[], dict[str, Tensor]]
     step: Callable[[], None] | None = None
     saved_bytes: Callable[[], int] | None = None
+    peak_bytes: Callable[[], int] | None = None
     flops: int | None = None
     bytes: int | None = None
     tokens: int | None = None

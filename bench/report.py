@@ -14,7 +14,7 @@ from bench.results import load
 TITLES = {
     "ops": "Single operations",
     "e2e": "Training steps",
-    "memory": "Memory kept for the backward",
+    "memory": "Memory",
 }
 
 INTRO = """\
@@ -244,9 +244,11 @@ def _wide(rows: list[dict], ceilings: dict[str, dict]) -> list[str]:
     prefix, unit = ("G", 1e9) if rows[0]["device"] == "cpu" else ("T", 1e12)
     keeping = [name for name in contenders if _any(rows, name, "saved_bytes")]
     in_clips = any("clips" in row["shapes"] for row in rows if row["ours"])
+    per_core = any(row["shapes"].get("threads") for row in rows if row["ours"])
     titles = ["case", *(f"{name}, ms" for name in contenders)]
     titles += [f"{name} / ours" for name in contenders[1:]]
     titles += ["clips / s"] if in_clips else []
+    titles += ["clips / s / core"] if per_core else []
     titles += [f"{prefix}FLOP/s", *(["of matmul"] if ceilings else [])]
     titles += [f"{prefix}B/s", *(["of copy"] if ceilings else [])]
     titles += [f"{name}, kept MiB" for name in keeping]
@@ -258,6 +260,7 @@ def _wide(rows: list[dict], ceilings: dict[str, dict]) -> list[str]:
         cells = [_time(found.get(name)) for name in contenders]
         cells += [_factor(found.get(name), "median_ms") for name in contenders[1:]]
         cells += [_clips(ours)] if in_clips else []
+        cells += [_clips(ours, ours and ours["shapes"].get("threads"))] if per_core else []
         for what, limit in (("flops", "matmul_flops_per_s"), ("bytes", "copy_bytes_per_s")):
             cells.append(_rate(ours, what, unit))
             cells += [_share(ours, what, ceiling and ceiling[limit])] if ceilings else []
@@ -346,10 +349,10 @@ def _share(row: dict | None, what: str, ceiling: float | None) -> str:
     return "" if rate is None or not ceiling else f"{rate / ceiling:.0%}"
 
 
-def _clips(row: dict | None) -> str:
-    if row is None or row["median_ms"] is None or "clips" not in row["shapes"]:
+def _clips(row: dict | None, cores: int | None = 1) -> str:
+    if row is None or row["median_ms"] is None or "clips" not in row["shapes"] or not cores:
         return ""
-    return f"{1e3 * row['shapes']['clips'] / row['median_ms']:,.0f}"
+    return f"{1e3 * row['shapes']['clips'] / row['median_ms'] / cores:,.0f}"
 
 
 def _machine(run: dict) -> str:
@@ -359,6 +362,8 @@ def _machine(run: dict) -> str:
 def _provenance(run: dict) -> str:
     machine = run["machine"]
     host = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    if machine.get("load") is not None:
+        host += f", load {machine['load']} before"
     where = f"{machine['gpu']} ({host})" if machine["gpu"] else host
     versions = ", ".join(f"{name} {value}" for name, value in run["versions"].items() if value)
     code = f"commit {run['commit'][:12]}" if run["commit"] else "unknown commit"

@@ -7,15 +7,16 @@ A file holds ``rows`` and the ``runs`` they come from. A row says what was measu
     tokens, flops               that the contender computes, padding included (bench.flops)
     bytes                       of inputs, outputs and gradients, each once per pass
     saved_bytes                 kept for the backward (bench.memory)
-    peak_bytes                  of the allocator during a step, on a GPU
+    peak_bytes                  of the allocator during a step, on a GPU; of a process (bench.peak)
     error                       largest relative error against the float64 reference
     ours_over_this              our median, FLOPs and bytes over this contender's
     unchecked                   why it is not compared with the reference
     unavailable, disagrees      why a peer has no numbers: it cannot do the case, or does another
 
-What was not measured is ``null``. A run says on what and from which code: machine, versions,
-a GPU's measured ceilings (bench.ceilings), commit, whether the tree had uncommitted changes, and
-when. Measuring a case again replaces it.
+What was not measured is ``null``. A run says on what and from which code: machine, its load before
+(processes that ran or waited for a core, on average over a minute), versions, a GPU's measured
+ceilings (bench.ceilings), commit, whether the tree had uncommitted changes, and when. Measuring a
+case again replaces it.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def current_run(device: str, ceilings: dict[str, float] | None = None) -> dict:
             "cpu": _cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "load": round(os.getloadavg()[0], 1),
         },
         "versions": {
             "python": platform.python_version(),

@@ -24,6 +24,8 @@ from bench.results import ROOT
 WARM_UP = 3
 FEWEST_REPS = 5
 REASON_CHARACTERS = 200
+MEASURED = ("median_ms", "saved_bytes", "peak_bytes")
+"""Of which the first that there is stands in the line about a case."""
 
 
 class Standing:
@@ -132,6 +134,8 @@ def _prepare(standing: Standing, clock: CpuClock | CudaClock, reps: int, plans: 
     contender = standing.contender
     if contender.saved_bytes:
         standing.saved_bytes = contender.saved_bytes()
+    if contender.peak_bytes:
+        standing.peak_bytes = contender.peak_bytes()
     if contender.step is None:
         return
     for _ in range(min(WARM_UP, reps)):
@@ -181,14 +185,16 @@ def progress(rows: list[dict]) -> str:
     """A line that says what a case gave: medians or bytes, and the factor to ours."""
     parts = []
     for row in rows:
-        what = "median_ms" if row["median_ms"] is not None else "saved_bytes"
+        measured = [what for what in MEASURED if row[what] is not None]
         if row["unavailable"] or row["disagrees"]:
             parts.append(f"{row['contender']} {'WRONG' if row['disagrees'] else 'not available'}")
             continue
-        if row[what] is None:
+        if not measured:
             parts.append(row["contender"])
             continue
+        what = measured[0]
         value = f"{row[what]:.3g} ms" if what == "median_ms" else f"{row[what] / 2**20:.0f} MiB"
-        factor = "" if row["ours"] else f" ({1 / row['ours_over_this'][what]:.2f}x)"
+        ratio = row["ours_over_this"].get(what)
+        factor = f" ({1 / ratio:.2f}x)" if ratio and not row["ours"] else ""
         parts.append(f"{row['contender']} {value}{factor}")
     return " | ".join(parts)

@@ -78,7 +78,7 @@ def summary(path: Path) -> tuple[str, bool]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """``done STAGE``, ``record STAGE CODE SECONDS LOG`` or ``summary``."""
+    """``done STAGE``, ``record STAGE CODE SECONDS LOG``, ``summary`` or ``path``, of the record."""
     parser = argparse.ArgumentParser(prog="python -m bench.stages", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("done").add_argument("stage")
@@ -88,6 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     recording.add_argument("seconds", type=int)
     recording.add_argument("log", type=Path)
     commands.add_parser("summary")
+    commands.add_parser("path")
     options = parser.parse_args(arguments)
 
     path = record_path()
@@ -96,6 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "record":
         log = options.log.read_text(errors="replace")
         record(path, options.stage, options.code, options.seconds, log)
+        return 0
+    if options.command == "path":
+        print(path)
         return 0
     text, good = summary(path)
     print(text)

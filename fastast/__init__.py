@@ -9,12 +9,14 @@ from fastast.models import (
     AST,
     SSAST,
     ElasticAST,
+    FlexiAST,
     SSASTPretraining,
     create_model,
     create_pretraining_model,
     list_models,
 )
-from fastast.nn import AttentionPool, MelFilterbank, PackedAttention
+from fastast.nn import AttentionPool, MelFilterbank, PackedAttention, WindowAttention
+from fastast.ops import WindowBudget, WindowGrids
 from fastast.segments import Segments, Spectrograms, TokenBudget
 
 __version__ = "0.1.0"
@@ -24,12 +26,16 @@ __all__ = [
     "SSAST",
     "AttentionPool",
     "ElasticAST",
+    "FlexiAST",
     "MelFilterbank",
     "PackedAttention",
     "SSASTPretraining",
     "Segments",
     "Spectrograms",
     "TokenBudget",
+    "WindowAttention",
+    "WindowBudget",
+    "WindowGrids",
     "create_model",
     "create_pretraining_model",
     "from_reference",

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.testing import write_tone
+# Before the library is imported: some kernels wait for nothing but these tests.
+os.environ.setdefault("FASTAST_GPU_KERNELS", "all")
+
+from tests.testing import write_tone  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):

@@ -177,6 +177,26 @@ def test_features(sounds, capsys):
         assert found["frames"].mean(0).argmax() > 20  # the pitch is high
 
 
+@pytest.mark.parametrize(
+    "options, shape, rate",
+    [
+        (["--preset", "kaldi", "--window-type", "povey"], (48, 128), 16000),
+        (["--preset", "htsat"], (51, 64), 32000),
+        (["--preset", "epic_sounds", "--low-freq", "50"], (101, 128), 24000),
+        (["--preset", "htsat", "--sample-rate", "8000", "--high-freq", "0"], (51, 64), 8000),
+    ],
+)
+def test_features_of_a_preset(sounds, options, shape, rate):
+    """At the preset's own sample rate, unless another is asked for; with a picture."""
+    write_tone(sounds / "half.wav", 440, 0.5)
+    command = ["features", str(sounds / "half.wav"), "--out", str(sounds / "out"), *options]
+    assert main(command) == 0
+    assert sorted(path.name for path in out_files(sounds)) == ["half.npz", "half.png"]
+    with np.load(sounds / "out" / "half.npz") as found:
+        assert found["frames"].shape == shape and found["sample_rate"] == rate
+        assert np.isfinite(found["frames"]).all()
+
+
 def out_files(folder):
     return [path for path in (folder / "out").rglob("*") if path.is_file()]
 
@@ -268,6 +288,9 @@ def test_doctor(capsys):
         (["features", "x.wav", "--recipe", __file__], 1, "is not YAML"),
         (["features", "x.wav", "--checkpoint", "nowhere"], 1, "nowhere does not exist"),
         (["features", "x.wav", "--num-mels", "0"], 1, "--num-mels must be positive"),
+        (["features", "x.wav", "--preset", "mfcc"], 1, "preset must be one of kaldi, htsat, epic"),
+        (["features", "x.wav", "--preset", "htsat", "--recipe", "r"], 1, "exclude each other"),
+        (["features", "x.wav", "--preset", "htsat", "--window-type", "povey"], 1, "leave it out"),
         (["features", "x.wav", "--pictures", "some"], 1, "--pictures must be each, sheet or none"),
         (["report", "nowhere"], 1, "nowhere is not a run directory"),
     ],
@@ -276,6 +299,31 @@ def test_usage_and_errors(argv, status, message, capsys):
     assert main(argv) == status
     captured = capsys.readouterr()
     assert message in captured.out + captured.err
+
+
+def test_evaluates_patch_sizes(tones, recipe, tmp_path, capsys):
+    recipe.augment.patch_sizes = [8, (16, 8)]
+    recipe.model.name, recipe.model.max_time_patches = "flexi_ast_tiny", None
+    path, run = tmp_path / "flexi.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(recipe.to_dict()))
+    command = ["fit", str(path), "--run-dir", str(run), "--train.epochs", "1"]
+    assert main([*command, "--train.batch_tokens", "512"]) == 0
+    assert main(["evaluate", str(run), "--patch-sizes", "8,4x16"]) == 0
+    rows = json.loads((run / "evaluation.json").read_text())["patch_sizes"]
+    assert [row["at"] for row in rows] == [[8, 8], [4, 16]]
+    assert "4x16" in capsys.readouterr().out
+    assert (run / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("sizes", ["8,", "8x", "0", "8x0", "8x8x8", "-8", "1.5", "x"])
+def test_bad_patch_sizes(run_dir, sizes, capsys):
+    assert main(["evaluate", str(run_dir), f"--patch-sizes={sizes}"]) == 1
+    assert "--patch-sizes takes sizes such as" in capsys.readouterr().err
+
+
+def test_patch_sizes_of_another_model(run_dir, capsys):
+    assert main(["evaluate", str(run_dir), "--patch-sizes", "8"]) == 1
+    assert "for FlexiAST alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lengths", ["1,x", "-1", "0"])

@@ -66,6 +66,12 @@ class Golden:
         atol = self.entry["arrays"][name + suffix]["suggested_atol"]
         torch.testing.assert_close(value, stored, rtol=0, atol=atol)
 
+    def check_summary(self, name: str, value: Tensor) -> None:
+        """The same of numbers that were summed up in float64, of float32 results."""
+        stored = torch.from_numpy(self.arrays[name])[0]
+        atol = self.entry["arrays"][name]["suggested_atol"]
+        torch.testing.assert_close(value, stored, rtol=0, atol=atol)
+
 
 def write_tone(path: Path, pitch: float, seconds: float, rate: int = 8000) -> None:
     """A slightly noisy sine as a WAV file."""

@@ -5,9 +5,12 @@ from bench.cases import (
     elastic_ast,
     masking,
     mel_filterbank,
+    mel_memory,
     memory,
     packed_attention,
+    patchify,
     segment_pool,
+    window_attention,
 )
 from fastast.models.vit import TRUNK_SIZES
 
@@ -17,7 +20,10 @@ __all__ = [
     "elastic_ast",
     "masking",
     "mel_filterbank",
+    "mel_memory",
     "memory",
     "packed_attention",
+    "patchify",
     "segment_pool",
+    "window_attention",
 ]

@@ -3,13 +3,16 @@
 On a CPU each case is run with one thread and with all, and the peers take a clip at a time. On a
 GPU they take all clips at once where they can, and clips of one length and shift: nothing else does
 ragged batches there. Clip by clip, a GPU waits for the host: that is measured on few clips.
+
+What it costs that clips have lengths and frame shifts of their own is measured beside: ours makes
+as many frames of clips that are alike, in turn with those of the ragged batch.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 
@@ -58,6 +61,7 @@ class Batch:
             "samples": list(samples),
             "frame_shift_ms": list(shifts),
             "in_dtype": str(self.in_dtype).removeprefix("torch."),
+            "threads": self.threads,
         }
 
 
@@ -103,19 +107,24 @@ def cases(settings: Settings) -> Iterator[Case]:
             batch.out_dtype,
             settings.timed_size,
             batch.shapes,
-            partial(_build, settings.device, batch, on_gpu),
+            partial(build, settings.device, batch, on_gpu),
         )
 
 
-def _build(device: torch.device, batch: Batch, on_gpu: bool) -> Work:
+def build(device: torch.device, batch: Batch, on_gpu: bool) -> Work:
     """Ours, and the peers that run on CPUs or on GPUs."""
     generator = torch.Generator(device).manual_seed(0)
     plan = MelPlan.kaldi(SAMPLE_RATE).to(device)
     lengths, shifts_ms = zip(*batch.clips, strict=True)
     shifts = [SAMPLE_RATE * ms // 1000 for ms in shifts_ms]
-    samples = 0.1 * torch.randn(sum(lengths), generator=generator, device=device)
-    if batch.in_dtype == torch.int16:
-        samples = (samples / INT16_SCALE).round().clamp(-32768, 32767).to(torch.int16)
+
+    def noise(num_samples: int) -> Tensor:
+        samples = 0.1 * torch.randn(num_samples, generator=generator, device=device)
+        if batch.in_dtype == torch.int16:
+            samples = (samples / INT16_SCALE).round().clamp(-32768, 32767).to(torch.int16)
+        return samples
+
+    samples = noise(sum(lengths))
     clips = samples.split(lengths)
     packed = _pack(clips, shifts, plan)
     rows = packed[-1]
@@ -156,6 +165,14 @@ def _build(device: torch.device, batch: Batch, on_gpu: bool) -> Work:
     if on_gpu and len(set(batch.clips)) == 1:
         dense = samples.view(len(clips), -1)
         contenders += _batched_peers(dense, shifts[0], plan, batch, contender)
+    if len(set(batch.clips)) > 1:
+        for name, why, shift in _alike(sum(lengths) / rows):
+            equal = _equal_clips(rows, len(clips), shift, plan)
+            others = _pack(noise(sum(equal)).split(equal), [shift] * len(equal), plan)
+            run = partial(mel_filterbank, *others, dtype=batch.out_dtype)
+            twin = contender(name, why, run, "other clips, as many frames")
+            spared = batch.in_dtype.itemsize * (sum(lengths) - sum(equal))
+            contenders.append(replace(twin, bytes=work["bytes"] - spared))
     if not on_gpu or len(clips) <= FEW_CLIPS:
         contenders += _single_peers(clips, shifts_ms, on_gpu, contender)
 
@@ -184,6 +201,30 @@ def _pack(clips: Sequence[Tensor], shifts: Sequence[int], plan: MelPlan) -> tupl
         plan,
         int(frames.host_offsets[-1]),
     )
+
+
+def _alike(samples_per_frame: float) -> Iterator[tuple[str, str, int]]:
+    """Batches of equal clips that a ragged one is compared with, and their frame shifts."""
+    shift = round(samples_per_frame)
+    about = f"every {1000 * shift / SAMPLE_RATE:.1f} ms"
+    yield (
+        "fastast, equal clips",
+        f"as many frames of as many samples, but all clips alike, {about}: what raggedness costs",
+        shift,
+    )
+    yield (
+        "fastast, every 10 ms",
+        "as many frames of clips alike, but every 10 ms, so that windows share more samples: what "
+        "longer frame shifts cost",
+        SAMPLE_RATE // 100,
+    )
+
+
+def _equal_clips(num_frames: int, clips: int, shift: int, plan: MelPlan) -> list[int]:
+    """Samples of clips that have so many frames together, as nearly as many each as can be."""
+    least, more = divmod(num_frames, clips)
+    counts = [least + (clip < more) for clip in range(clips)]
+    return [int(plan.framing.least_samples(count, shift)) for count in counts]
 
 
 def _batched_peers(

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fastast.cli.options import add_model, numbers, parser_of, print_left_out
+from fastast.cli.options import add_model, numbers, parser_of, patch_sizes, print_left_out
 from fastast.data import AudioDataset
 from fastast.train import Recipe, Score, evaluate, evaluate_over, load_data, load_model, make_loader
 from fastast.train.figures import plot_curves, plot_per_class
@@ -30,11 +30,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--lengths", type=str, help="in seconds, such as 0.5,1,2,5")
     parser.add_argument("--frame-shifts", type=str, help="in milliseconds, such as 10,20,30")
     parser.add_argument(
+        "--patch-sizes", type=str, help="of a FlexiAST, such as 8,16,16x32 (mel bins x frames)"
+    )
+    parser.add_argument(
         "--per-class", action="store_true", help="list, write and draw the score of each class"
     )
     options = parser.parse_args(argv)
     lengths = numbers("--lengths", options.lengths)
     shifts = numbers("--frame-shifts", options.frame_shifts)
+    sizes = patch_sizes("--patch-sizes", options.patch_sizes)
 
     method, recipe, class_names = load_model(options.checkpoint)
     device = pick_device(options.device)
@@ -54,6 +58,7 @@ def main(argv: list[str]) -> None:
         dataset,
         lengths=lengths,
         compression=[shift / recipe.frontend.frame_shift_ms for shift in shifts],
+        patch_sizes=sizes,
         device=device,
         workers=workers,
         title="Evaluating",
@@ -63,6 +68,8 @@ def main(argv: list[str]) -> None:
     named |= {f"at most {row['at']:g} s": row for row in rows["lengths"]}
     for row in rows["compression"]:
         named[f"frame shift {row['at'] * recipe.frontend.frame_shift_ms:g} ms"] = row
+    for row in rows["patch_sizes"]:
+        named["patches of {}x{}".format(*row["at"])] = row
     console = Console()
     console.print(_table(named))
     print_left_out(whole.left_out)
@@ -78,7 +85,7 @@ def main(argv: list[str]) -> None:
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     write_atomically(folder / "evaluation.json", lambda path: path.write_text(text))
     print(f"Wrote {folder / 'evaluation.json'}")
-    if lengths or shifts:
+    if lengths or shifts or sizes:
         figure = folder / "evaluation.png"
         plot_curves({folder.name: rows}, figure, recipe.frontend.frame_shift_ms)
         print(f"Wrote {figure}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
 from jsonargparse import Namespace
 
 from fastast.cli.options import parser_of, print_left_out
@@ -14,8 +13,12 @@ from fastast.train import Recipe, load_model
 from fastast.train.bar import progress_bar
 from fastast.train.features import extract_features, output_names
 from fastast.train.figures import plot_features
+from fastast.train.recipe import FrontendConfig, preset_defaults
+from fastast.train.recipe_file import read_recipe_file, settings_in
 
 _MOST_ROWS = 50
+_POSITIVE = ("num_mels", "frame_shift_ms", "frame_length_ms")
+_CHANGES = (*_POSITIVE, "low_freq", "high_freq", "window_type")
 
 
 def main(argv: list[str]) -> None:
@@ -25,10 +28,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=str, default="features", help="folder to write to")
     parser.add_argument("--recipe", type=str, help="take the front end from this recipe file")
     parser.add_argument("--checkpoint", type=str, help="take it from this run or model")
-    parser.add_argument("--sample-rate", type=int, help="in Hz; default 16000, or the recipe's")
-    parser.add_argument("--num-mels", type=int, help="mel bins; default 128, or the recipe's")
-    parser.add_argument("--frame-shift-ms", type=float, help="default 10, or the recipe's finest")
-    parser.add_argument("--frame-length-ms", type=float, help="default 25, or the recipe's")
+    parser.add_argument(
+        "--preset", type=str, help="take this one: kaldi (the default), htsat or epic_sounds"
+    )
+    parser.add_argument("--sample-rate", type=int, help="in Hz; default: the front end's, 16000")
+    parser.add_argument("--num-mels", type=int, help="mel bins; default: the front end's, 128")
+    parser.add_argument("--frame-shift-ms", type=float, help="default: the front end's finest, 10")
+    parser.add_argument("--frame-length-ms", type=float, help="default: the front end's, 25")
+    parser.add_argument("--low-freq", type=float, help="in Hz; default: the front end's, 20")
+    parser.add_argument(
+        "--high-freq", type=float, help="in Hz; default: the front end's, half the sample rate"
+    )
+    parser.add_argument("--window-type", type=str, help="default: the front end's, hanning")
     parser.add_argument(
         "--pictures", type=str, default="each", help="each file's own, one sheet of all, or none"
     )
@@ -65,31 +76,27 @@ def main(argv: list[str]) -> None:
 
 
 def _read_recipe(path: Path) -> Recipe:
-    if not path.is_file():
-        raise ValueError(f"there is no recipe file {path}")
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} is not a recipe: it has no sections")
-    return Recipe.from_dict(settings)
+    first = next(iter(settings_in(path)), None)
+    return Recipe.from_dict(read_recipe_file(path, first))
 
 
 def _front_end(options: Namespace) -> Recipe:
-    """The default recipe or the one named, with what the command line changes about it."""
-    if options.recipe and options.checkpoint:
-        raise ValueError("--recipe and --checkpoint exclude each other")
+    """The default recipe or what is named, with what the command line changes about it."""
+    if sum(map(bool, (options.recipe, options.checkpoint, options.preset))) > 1:
+        raise ValueError("--recipe, --checkpoint and --preset exclude each other: give one")
     recipe = Recipe()
-    if options.recipe:
+    if options.preset:
+        front = FrontendConfig(preset=options.preset)
+        rate = preset_defaults(front.preset)["sample_rate"]
+        recipe = Recipe(data=replace(recipe.data, sample_rate=rate), frontend=front)
+    elif options.recipe:
         recipe = _read_recipe(Path(options.recipe))
     elif options.checkpoint:
         recipe = load_model(options.checkpoint)[1]
-    names = ("num_mels", "frame_shift_ms", "frame_length_ms")
-    changes = {name: options[name] for name in names if options[name] is not None}
-    for name, value in changes.items():
-        if value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    changes = {name: options[name] for name in _CHANGES if options[name] is not None}
+    for name in _POSITIVE:
+        if changes.get(name, 1) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {changes[name]}")
     if "frame_shift_ms" in changes:
         changes["compression"] = [1.0]
     if options.sample_rate is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 
@@ -33,6 +34,21 @@ def numbers(option: str, text: str | None) -> list[float]:
     if any(number <= 0 for number in found):
         raise ValueError(f"{option} takes positive numbers, got {text!r}")
     return found
+
+
+def patch_sizes(option: str, text: str | None) -> list[tuple[int, int]]:
+    """Sizes separated by commas, such as ``8,16x32``: mel bins x frames, or one number for both."""
+    sizes = []
+    for part in text.split(",") if text else []:
+        found = re.fullmatch(r"0*([1-9]\d*)(?:x0*([1-9]\d*))?", part.strip())
+        if not found:
+            raise ValueError(
+                f"{option} takes sizes such as 8 or 16x32 (mel bins x frames), separated by "
+                f"commas, got {text!r}"
+            )
+        height, width = found.groups()
+        sizes.append((int(height), int(width or height)))
+    return sizes
 
 
 def print_left_out(left_out: Sequence[LeftOut]) -> None:

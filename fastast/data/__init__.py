@@ -1,7 +1,7 @@
 """From audio files to packed batches."""
 
 from fastast.data.audio import AudioError, AudioInfo, audio_info, read_audio, write_wav
-from fastast.data.batch import IGNORED_TARGET, Batch, BatchBudget, Clip, collate
+from fastast.data.batch import IGNORED_TARGET, Batch, BatchBudget, Clip, collate, padded_samples
 from fastast.data.dataset import AudioDataset
 from fastast.data.frames import (
     COMPRESSION_RATES,
@@ -39,6 +39,7 @@ __all__ = [
     "generate_sounds",
     "mixed_frame_shifts",
     "pack",
+    "padded_samples",
     "read_audio",
     "write_wav",
 ]

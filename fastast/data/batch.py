@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastast.data.frames import samples_for
-from fastast.ops.mel_filterbank import frame_counts
+from fastast.ops.mel_plan import Framing
 from fastast.segments import Segments, TokenBudget
 from fastast.tokens import PatchGeometry, PatchGrid
 
@@ -48,42 +47,45 @@ class BatchBudget:
         tokens: TokenBudget,
         geometry: PatchGeometry,
         *,
-        window: int,
+        framing: Framing,
         max_frame_shift: int,
         token_drop: float = 0.0,
     ) -> BatchBudget:
         """The least sizes that hold whatever clips fit the token budget.
 
         A clip of T time patches has at most ``T * stride + patch - 1`` frames (more would make
-        another patch), and one of n frames fewer than ``n * frame_shift + window`` samples.
+        another patch), and one of n frames at most ``n * frame_shift`` samples and the
+        :meth:`~fastast.ops.Framing.spare_samples`.
 
         Args:
             tokens: the token budget.
             geometry: of the patches.
-            window: in samples.
+            framing: of the filterbank.
             max_frame_shift: in samples, the longest that occurs.
             token_drop: share of the patches that are dropped. Frames are computed for all
                 patches, so dropping makes the frame stream longer for the same tokens.
         """
-        (_, width), (_, step) = geometry.patch_size, geometry.stride
+        width, step = geometry.patch_frames, geometry.stride_frames
 
         def frames(num_tokens: int, clips: int) -> int:
             if token_drop:  # a clip keeps more than (1 - drop) * patches - 1
                 num_tokens = math.ceil((num_tokens + clips) / (1 - token_drop))
-            return num_tokens // geometry.freq_patches * step + clips * (width - 1)
+            pooled = num_tokens // geometry.freq_patches * step + clips * (width - 1)
+            return pooled * geometry.time_pool + clips * (geometry.time_pool - 1)
 
         longest = frames(tokens.max_length - geometry.prefix, 1)
         total = max(longest, frames(tokens.tokens, tokens.clips))
-        samples = total * max_frame_shift + tokens.clips * (window - 1)
+        spare = framing.spare_samples(max_frame_shift)
+        samples = total * max_frame_shift + tokens.clips * spare
         return cls(tokens, TokenBudget(total, tokens.clips, longest), samples)
 
     @classmethod
     def for_dense(
-        cls, tokens: TokenBudget, dense_frames: int, *, window: int, max_frame_shift: int
+        cls, tokens: TokenBudget, dense_frames: int, *, framing: Framing, max_frame_shift: int
     ) -> BatchBudget:
         """The least sizes for batches of :attr:`Batch.dense_frames`; arguments as above."""
         frames = TokenBudget(tokens.clips * dense_frames, tokens.clips, dense_frames)
-        samples = tokens.clips * samples_for(dense_frames, window, max_frame_shift)
+        samples = tokens.clips * framing.least_samples(dense_frames, max_frame_shift)
         return cls(tokens, frames, samples)
 
 
@@ -212,17 +214,20 @@ class Clip:
 
 
 def padded_samples(
-    num_samples: int | np.ndarray, min_frames: int, window: int, frame_shift: int | np.ndarray
+    num_samples: int | np.ndarray,
+    min_frames: int,
+    framing: Framing,
+    frame_shift: int | np.ndarray,
 ) -> int | np.ndarray:
     """Samples of a clip after it is extended to ``min_frames``, see :func:`collate`."""
-    return np.maximum(num_samples, samples_for(min_frames, window, frame_shift))[()]
+    return np.maximum(num_samples, framing.least_samples(min_frames, frame_shift))[()]
 
 
 def collate(
     clips: Sequence[Clip],
     geometry: PatchGeometry,
     *,
-    window: int,
+    framing: Framing,
     sample_rate: int,
     epoch: int = 0,
     budget: BatchBudget | None = None,
@@ -242,7 +247,7 @@ def collate(
     Args:
         clips: at least one.
         geometry: how spectrograms are cut into patches.
-        window: of a frame, in samples.
+        framing: of the filterbank.
         sample_rate: in Hz.
         epoch: goes into the batch.
         budget: fixes all shapes; its ``tokens.clips`` is S. Default: exact sizes.
@@ -258,7 +263,7 @@ def collate(
     shifts = np.array([clip.frame_shift for clip in clips], np.int32)
     real = np.array([len(clip.waveform) for clip in clips], np.int64)
     min_frames = 1 if dense_frames else geometry.min_frames()
-    lengths = padded_samples(real, min_frames, window, shifts)
+    lengths = padded_samples(real, min_frames, framing, shifts)
     total = int(lengths.sum())
     capacity = budget.samples if budget else total
     num_segments = budget.tokens.clips if budget else len(clips)
@@ -268,7 +273,7 @@ def collate(
             "raise BatchBudget.samples or put fewer clips into a batch"
         )
     frames = Segments.from_lengths(
-        frame_counts(lengths, window, shifts), budget.frames if budget else None
+        framing.num_frames(lengths, shifts), budget.frames if budget else None
     )
     # Where the patches are cut from: the frame stream, or the dense tensor as a stream.
     source = [dense_frames] * len(clips) if dense_frames else frames.host_offsets.diff().tolist()

@@ -1,10 +1,8 @@
-"""Time resolutions to draw from, and how many samples a number of frames takes."""
+"""Time resolutions to draw from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-
-import numpy as np
 
 COMPRESSION_RATES = tuple(round(1 + 0.2 * step, 1) for step in range(16))
 """C in {1.0, 1.2, ..., 4.0}: ElasticAST's mixed-resolution training (section 3.4)."""
@@ -20,11 +18,3 @@ def mixed_frame_shifts(
     (:func:`fastast.ops.mel_filterbank.hop_from_ms`) would make that a sample less per hop.
     """
     return tuple(round(base_ms * rate, 6) for rate in rates)
-
-
-def samples_for(frames: int, window: int, frame_shift: int | np.ndarray) -> int | np.ndarray:
-    """The fewest samples that have so many frames (at least one); all else in samples.
-
-    The inverse of :func:`fastast.ops.mel_filterbank.frame_counts`.
-    """
-    return (frames - 1) * frame_shift + window

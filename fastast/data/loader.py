@@ -27,7 +27,7 @@ from fastast.data.dataset import AudioDataset
 from fastast.data.manifest import LeftOut
 from fastast.data.plan import BatchPlan, Planner
 from fastast.data.sampling import cut
-from fastast.tokens import random_keep
+from fastast.tokens import PatchGeometry, random_keep
 
 
 class PackedLoader:
@@ -116,7 +116,7 @@ class PackedLoader:
     def silent_batch(self) -> Batch:
         """A batch without clips, of silence that counts for nothing."""
         nothing = np.zeros(0, np.int64)
-        return self._make[BatchPlan(0, *[nothing] * 8)]
+        return self._make[BatchPlan(0, self.planner.geometries[0], *[nothing] * 8)]
 
     def _from_thread(self, orders: list[BatchPlan]) -> Iterator[Batch]:
         pending: deque[Future[Batch]] = deque()
@@ -177,9 +177,11 @@ class _BatchMaker:
     Errors about files are returned, because DataLoader would make others of them.
     """
 
-    def __init__(self, planner: Planner, sizes: BatchBudget | None, bad_files: str) -> None:
-        self.dataset, self.geometry = planner.dataset, planner.geometry
-        self.window, self.dense_frames = planner.window, planner.dense_frames
+    def __init__(
+        self, planner: Planner, sizes: dict[PatchGeometry, BatchBudget] | None, bad_files: str
+    ) -> None:
+        self.dataset = planner.dataset
+        self.framing, self.dense_frames = planner.framing, planner.dense_frames
         self.token_drop, self.seed = planner.token_drop, planner.seed
         self.mixing = planner.mixup is not None
         self.shortest_shift = int(planner.frame_shifts.min())
@@ -196,11 +198,11 @@ class _BatchMaker:
         clips = [clip for clip in found if clip is not None]
         return collate(
             clips or [self._filler()],
-            self.geometry,
-            window=self.window,
+            order.geometry,
+            framing=self.framing,
             sample_rate=self.dataset.sample_rate,
             epoch=order.epoch,
-            budget=self.sizes,
+            budget=self.sizes and self.sizes[order.geometry],
             dense_frames=self.dense_frames,
             mixing=self.mixing,
             left_out=left_out,

@@ -16,10 +16,9 @@ import torch
 
 from fastast.data.batch import BatchBudget, padded_samples
 from fastast.data.dataset import AudioDataset
-from fastast.data.frames import samples_for
 from fastast.data.packing import pack
 from fastast.data.sampling import Crop, Mixup, Sampler
-from fastast.ops.mel_filterbank import frame_counts, hop_from_ms
+from fastast.ops.mel_plan import Framing, hop_from_ms
 from fastast.random import random_below, random_bits
 from fastast.segments import TokenBudget
 from fastast.tokens import PatchGeometry, kept_patches
@@ -59,6 +58,7 @@ class BatchPlan:
 
     Attributes:
         epoch: goes into the random numbers.
+        geometry: how its spectrograms are cut into patches.
         rows: of the data set.
         keys: of the clips' random numbers.
         begin, num_samples: the part of each clip.
@@ -69,6 +69,7 @@ class BatchPlan:
     """
 
     epoch: int
+    geometry: PatchGeometry
     rows: np.ndarray
     keys: np.ndarray
     begin: np.ndarray
@@ -86,12 +87,14 @@ class EpochPlan:
     Attributes:
         bins: visits of each batch; batch ``(s * accumulate + m) * ranks + r`` is the m-th of
             rank r in step s.
+        geometries: of each step.
         tokens: of each visit.
     """
 
     epoch: int
     packing: Packing
     bins: list[np.ndarray]
+    geometries: list[PatchGeometry]
     rows: np.ndarray
     keys: np.ndarray
     begin: np.ndarray
@@ -116,11 +119,13 @@ class EpochPlan:
     def batches_of(self, rank: int, first_step: int = 0) -> list[BatchPlan]:
         """The batches of a rank in order, ``accumulate`` for each step from ``first_step`` on."""
         first = first_step * self.packing.group + rank
-        return [self._batch(visits) for visits in self.bins[first :: self.packing.ranks]]
+        return [self._batch(index) for index in range(first, len(self.bins), self.packing.ranks)]
 
-    def _batch(self, visits: np.ndarray) -> BatchPlan:
+    def _batch(self, index: int) -> BatchPlan:
+        visits = self.bins[index]
         return BatchPlan(
             self.epoch,
+            self.geometries[index // self.packing.group],
             self.rows[visits],
             self.keys[visits],
             self.begin[visits],
@@ -138,8 +143,12 @@ class Planner:
     Args:
         dataset: the clips.
         geometry: how spectrograms are cut into patches.
+        patch_sizes: for models whose patches may have any size (FlexiAST): every step draws one of
+            these, the same for all its batches on all ranks, instead of the geometry's. Batches
+            are packed for whichever size gives a clip the most tokens, so that what clips a step
+            holds does not depend on the draw, and larger patches leave room in the budget.
         budget: tokens and clips of a batch, and tokens of the longest clip.
-        window: of a frame, in samples.
+        framing: of the filterbank: how many frames a clip has.
         frame_shift_ms: of the frames. Given several, every visit draws one
             (mixed-resolution training, ElasticAST section 3.4): see
             :func:`~fastast.data.mixed_frame_shifts`.
@@ -166,8 +175,9 @@ class Planner:
         dataset: AudioDataset,
         geometry: PatchGeometry,
         *,
+        patch_sizes: Sequence[tuple[int, int]] = (),
         budget: TokenBudget,
-        window: int,
+        framing: Framing,
         frame_shift_ms: float | Sequence[float] = 10.0,
         max_seconds: float | None = None,
         crop: Crop | None = None,
@@ -179,9 +189,9 @@ class Planner:
         seed: int = 0,
     ) -> None:
         self.dataset = dataset
-        self.geometry = geometry
+        self.geometries = [geometry.with_patch_size(size) for size in patch_sizes] or [geometry]
         self.budget = budget
-        self.window = window
+        self.framing = framing
         self.max_seconds = max_seconds
         self.crop = crop
         self.dense_frames = dense_frames
@@ -190,17 +200,13 @@ class Planner:
         self.sampler = sampler or Sampler()
         self.packing = packing or Packing()
         self.seed = seed
-        if window < 1:
-            raise ValueError(f"window must be at least 1 sample, got {window}")
         if not 0 <= token_drop < 1:
             raise ValueError(f"token_drop must lie in [0, 1), got {token_drop}")
         if max_seconds is not None and max_seconds <= 0:
             raise ValueError(f"max_seconds must be positive, got {max_seconds}")
-        if dense_frames is not None and dense_frames < geometry.min_frames():
-            raise ValueError(
-                f"dense_frames ({dense_frames}) is less than a patch "
-                f"({geometry.min_frames()} frames)"
-            )
+        least = max(each.min_frames() for each in self.geometries)
+        if dense_frames is not None and dense_frames < least:
+            raise ValueError(f"dense_frames ({dense_frames}) is less than a patch ({least} frames)")
         choices = [frame_shift_ms] if isinstance(frame_shift_ms, int | float) else frame_shift_ms
         if not len(choices):
             raise ValueError("frame_shift_ms is empty: give at least one frame shift")
@@ -218,20 +224,44 @@ class Planner:
             self._last = self._make(epoch)
         return self._last
 
-    def fixed_sizes(self) -> BatchBudget:
-        """Sizes that hold every batch of every epoch."""
-        longest_shift = int(self.frame_shifts.max())
+    def fixed_sizes(self) -> dict[PatchGeometry, BatchBudget]:
+        """Sizes that hold every batch of every epoch, for each patch size."""
+        sizes = {"framing": self.framing, "max_frame_shift": int(self.frame_shifts.max())}
         if self.dense_frames is not None:
-            return BatchBudget.for_dense(
-                self.budget, self.dense_frames, window=self.window, max_frame_shift=longest_shift
-            )
-        return BatchBudget.for_tokens(
-            self.budget,
-            self.geometry,
-            window=self.window,
-            max_frame_shift=longest_shift,
-            token_drop=self.token_drop,
-        )
+            frames = self.dense_frames
+            return {
+                each: BatchBudget.for_dense(self._dense_tokens(each), frames, **sizes)
+                for each in self.geometries
+            }
+        sizes["token_drop"] = self.token_drop
+        most = [BatchBudget.for_tokens(self.budget, each, **sizes) for each in self.geometries]
+        if len(most) == 1:
+            return {self.geometries[0]: most[0]}
+        # The budget holds for every patch size at once, so the least number of frames does.
+        frames = min(each.frames.tokens for each in most)
+        longest = min(each.frames.max_length for each in most)
+        return {
+            each: BatchBudget.for_tokens(self._tokens_of(each, frames, longest), each, **sizes)
+            for each in self.geometries
+        }
+
+    def _tokens_of(self, geometry: PatchGeometry, frames: int, longest: int) -> TokenBudget:
+        """Most tokens, in these patches, of clips of so many frames in all."""
+        clips, step = self.budget.clips, geometry.patch_size[1]
+
+        def tokens(frames: int, clips: int, limit: int) -> int:
+            # A clip shorter than a patch is made one, hence a patch more for each.
+            patches = geometry.freq_patches * (frames // step + clips)
+            return min(limit, patches + clips * geometry.prefix)
+
+        length = tokens(longest, 1, self.budget.max_length)
+        return TokenBudget(tokens(frames, clips, self.budget.tokens), clips, length)
+
+    def _dense_tokens(self, geometry: PatchGeometry) -> TokenBudget:
+        """The tokens of full batches of clips of ``dense_frames``."""
+        patches = geometry.freq_patches * geometry.time_patches(self.dense_frames)
+        length = int(self._num_tokens(patches))
+        return TokenBudget(self.budget.clips * length, self.budget.clips, length)
 
     def _make(self, epoch: int) -> EpochPlan:
         visits = self.sampler.draw(self.dataset, self.seed, epoch)
@@ -245,25 +275,38 @@ class Planner:
                 lengths, visits.keys, self.dataset.sample_rate, self.seed, epoch
             )
         num_samples = self._limit(num_samples, frame_shift)
-        patches = self._num_patches(num_samples, frame_shift)
-        tokens = self._num_tokens(patches)
+        all_patches = np.stack(
+            [self._num_patches(num_samples, frame_shift, each) for each in self.geometries]
+        )
+        all_tokens = self._num_tokens(all_patches)
+        bins = self._deal(all_tokens.max(0), epoch)
+        drawn = self._draw_patch_sizes(len(bins) // self.packing.group, epoch)
+        drawn_for = np.zeros(len(lengths), np.int64)
+        for index, in_bin in enumerate(bins):
+            drawn_for[in_bin] = drawn[index // self.packing.group]
+        visit = np.arange(len(lengths))
         partners, mix_weight = np.full(len(lengths), -1), np.ones(len(lengths), np.float32)
         if self.mixup is not None:
             partners, mix_weight = self.mixup.draw(visits.keys, len(self.dataset), self.seed, epoch)
         return EpochPlan(
             epoch,
             self.packing,
-            self._deal(tokens, epoch),
+            bins,
+            [self.geometries[size] for size in drawn],
             visits.rows,
             visits.keys,
             begin,
             num_samples,
             frame_shift,
-            patches,
-            tokens,
+            all_patches[drawn_for, visit],
+            all_tokens[drawn_for, visit],
             partners,
             mix_weight,
         )
+
+    def _draw_patch_sizes(self, num_steps: int, epoch: int) -> list[int]:
+        steps, count = torch.arange(num_steps), len(self.geometries)
+        return random_below(self.seed, epoch, steps, "patch size", count).tolist()
 
     def _deal(self, tokens: np.ndarray, epoch: int) -> list[np.ndarray]:
         """Visits of each batch, longest first."""
@@ -293,28 +336,32 @@ class Planner:
             most = int(self.max_seconds * self.dataset.sample_rate)
             num_samples = np.minimum(num_samples, most)
         if self.dense_frames is not None:
-            most = samples_for(self.dense_frames, self.window, frame_shift)
+            most = self.framing.least_samples(self.dense_frames, frame_shift)
             num_samples = np.minimum(num_samples, most)
         return num_samples
 
-    def _num_patches(self, num_samples: np.ndarray, frame_shift: np.ndarray | int) -> np.ndarray:
+    def _num_patches(
+        self, num_samples: np.ndarray, frame_shift: np.ndarray | int, geometry: PatchGeometry
+    ) -> np.ndarray:
         """Patches of each clip, dropped ones included; all at least 1."""
         if self.dense_frames is not None:
             frames = np.full(len(num_samples), self.dense_frames)
         else:
-            least = self.geometry.min_frames()
-            padded = padded_samples(num_samples, least, self.window, frame_shift)
-            frames = frame_counts(padded, self.window, frame_shift)
-        return self.geometry.freq_patches * self.geometry.time_patches(frames)
+            least = geometry.min_frames()
+            padded = padded_samples(num_samples, least, self.framing, frame_shift)
+            frames = self.framing.num_frames(padded, frame_shift)
+        return geometry.freq_patches * geometry.time_patches(frames)
 
     def _num_tokens(self, patches: np.ndarray | int) -> np.ndarray | int:
         """Rows of the token stream that a clip takes: the patches it keeps and the prefix."""
-        return kept_patches(patches, self.token_drop) + self.geometry.prefix
+        return kept_patches(patches, self.token_drop) + self.geometries[0].prefix
 
     def _dense_budget(self, budget: TokenBudget, dense_frames: int) -> TokenBudget:
         """The part of a budget that clips of equal size can fill."""
-        patches = self.geometry.freq_patches * self.geometry.time_patches(dense_frames)
-        length = int(self._num_tokens(patches))
+        length = max(
+            int(self._num_tokens(each.freq_patches * each.time_patches(dense_frames)))
+            for each in self.geometries
+        )
         clips = min(budget.clips, budget.tokens // length)
         if clips < 1 or length > budget.max_length:
             raise ValueError(
@@ -328,7 +375,10 @@ class Planner:
         longest = self.dataset.lengths
         if self.crop is not None:
             longest = self.crop.longest(longest, self.dataset.sample_rate)
-        tokens = self._num_tokens(self._num_patches(self._limit(longest, finest), finest))
+        longest = self._limit(longest, finest)
+        tokens = np.max(
+            [self._num_tokens(self._num_patches(longest, finest, g)) for g in self.geometries], 0
+        )
         worst = int(tokens.argmax())
         if tokens[worst] > self.budget.max_length:
             raise ValueError(

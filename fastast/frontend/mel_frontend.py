@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastast.frontend.spectrogram import add_noise, check_time_mask, roll_frames, spec_augment
 from fastast.frontend.waveform import circular_roll, gain_jitter, mix_waveforms
 from fastast.nn.mel_filterbank import MelFilterbank
+from fastast.ops.mel_filterbank import dither_keys
 from fastast.segments import Spectrograms
 
 if TYPE_CHECKING:
@@ -24,15 +25,18 @@ class MelFrontend(nn.Module):
     1. roll: each clip by itself; its partner in a mix stays as it is;
     2. mix, where the batch has partners;
     3. gain, of clip and partner together;
-    4. filterbank and normalisation;
-    5. SpecAugment, with the value that silence has after the normalisation;
+    4. filterbank, with its dither, and normalisation;
+    5. SpecAugment, with what 0 becomes in the normalisation;
     6. noise, on masked bins too, and roll of the frames.
 
     In evaluation mode nothing is random. A batch that has partners is mixed nevertheless, as its
     targets are.
 
     Args:
-        filterbank: with the normalisation of the data set.
+        filterbank: with the normalisation of the data set. If it has dither, its noise is drawn
+            from (seed, epoch, clip), as all else.
+        dither_in_evaluation: dither in evaluation mode as well, as Kaldi does. A clip gets the same
+            noise in every evaluation.
         roll: let clips begin anywhere, see :func:`~fastast.frontend.circular_roll`.
         gain_db: gain jitter within plus or minus this.
         freq_mask: mel bins of SpecAugment's widest frequency mask.
@@ -51,6 +55,7 @@ class MelFrontend(nn.Module):
         self,
         filterbank: MelFilterbank,
         *,
+        dither_in_evaluation: bool = False,
         roll: bool = False,
         gain_db: float = 0.0,
         freq_mask: int = 0,
@@ -71,6 +76,7 @@ class MelFrontend(nn.Module):
                 raise ValueError(f"{name} must not be negative, got {value}")
         check_time_mask(time_mask)
         self.filterbank = filterbank
+        self.dither_in_evaluation = dither_in_evaluation
         self.roll = roll
         self.gain_db = gain_db
         self.freq_mask = freq_mask
@@ -84,12 +90,16 @@ class MelFrontend(nn.Module):
     def forward(self, batch: Batch) -> Spectrograms | Tensor:
         """Spectrograms of the batch's clips; ``[clips, frames, num_mels]`` of a fixed length if
         the batch asks for one."""
+        noise = None
+        if self.filterbank.plan.dither and (self.training or self.dither_in_evaluation):
+            noise = dither_keys(self.seed, batch.epoch, batch.clip_ids)
         spectrograms = self.filterbank(
             self._waveforms(batch),
             batch.sample_offsets,
             batch.frame_shift,
             batch.frames,
             batch.frame_rows,
+            noise,
         )
         if self.training:
             spectrograms = self._augmented(spectrograms, batch)

@@ -1,4 +1,4 @@
-"""What the published weights of AST and SSAST share: a timm 0.4.5 DeiT in ``v.*``."""
+"""What the published weights of AST, FlexiAST and SSAST share: a timm 0.4.5 ViT in ``v.*``."""
 
 from __future__ import annotations
 
@@ -44,11 +44,7 @@ def classifier(
         stride=stride,
         **trunk_size(weights),
     ).to(weights["v.cls_token"].dtype)
-    converted = encoder(weights)
-    for part in ("weight", "bias"):
-        converted[f"norm.{part}"] = weights[f"mlp_head.0.{part}"]
-        converted[f"head.{part}"] = weights[f"mlp_head.1.{part}"]
-    model.load_state_dict(converted)
+    model.load_state_dict(encoder(weights) | head(weights))
     return model
 
 
@@ -58,16 +54,36 @@ def trunk_size(weights: dict[str, Tensor]) -> dict[str, int]:
     return {"dim": dim, "depth": count_blocks(weights, "v.blocks."), "num_heads": dim // 64}
 
 
-def encoder(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Patch embedding, class tokens, positions and trunk under our names."""
+def encoder(
+    weights: dict[str, Tensor],
+    patch_embed: str = "v.patch_embed.proj",
+    table: str = "v.pos_embed",
+) -> dict[str, Tensor]:
+    """Patch embedding, class tokens, positions and trunk under our names.
+
+    Args:
+        weights: as published.
+        patch_embed: key of the patch embedding, without ``.weight`` and ``.bias``.
+        table: key of the position table, ``[1, prefix + patches, dim]``.
+    """
+    tokens = [weights[key] for key in ("v.cls_token", "v.dist_token") if key in weights]
     converted = {
         # [dim, 1, height, width]
-        "patch_embed.proj.weight": weights["v.patch_embed.proj.weight"].flatten(1),
-        "patch_embed.proj.bias": weights["v.patch_embed.proj.bias"],
-        "prefix": torch.cat([weights["v.cls_token"], weights["v.dist_token"]], 1)[0],
-        "positions.table": weights["v.pos_embed"][0],
+        "patch_embed.proj.weight": weights[f"{patch_embed}.weight"].flatten(1),
+        "patch_embed.proj.bias": weights[f"{patch_embed}.bias"],
+        "prefix": torch.cat(tokens, 1)[0],
+        "positions.table": weights[table][0],
     }
     for key, value in weights.items():
         if key.startswith(("v.blocks.", "v.norm.")):
             converted[key.replace("v.", "trunk.", 1)] = value
     return converted
+
+
+def head(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Last norm and classifier under our names."""
+    return {
+        f"{ours}.{part}": weights[f"mlp_head.{theirs}.{part}"]
+        for theirs, ours in enumerate(("norm", "head"))
+        for part in ("weight", "bias")
+    }

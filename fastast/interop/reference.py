@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from fastast.interop import ast, elastic_ast, ssast
+from fastast.interop import ast, elastic_ast, flexi_ast, ssast
 
 _CONVERTERS: dict[str, Callable[[dict[str, Tensor], dict], nn.Module]] = {
     "ast": ast.from_state_dict,
     "elastic_ast": elastic_ast.from_state_dict,
+    "flexi_ast": flexi_ast.from_state_dict,
     "ssast": ssast.from_state_dict,
 }
 
@@ -22,8 +23,8 @@ def from_reference(
 
     Args:
         state_dict: as published; a leading ``module.`` of each key is ignored.
-        family: ``"ast"`` (YuanGongND/ast), ``"ssast"`` (YuanGongND/ssast) or ``"elastic_ast"``
-            (JiuFengSC/ElasticAST).
+        family: ``"ast"`` (YuanGongND/ast), ``"ssast"`` (YuanGongND/ssast), ``"elastic_ast"``
+            (JiuFengSC/ElasticAST) or ``"flexi_ast"`` (JiuFengSC/FlexiAST_INTERSPEECH23).
         config: what the keys cannot say, as the family's converter documents.
 
     Returns:

@@ -62,6 +62,11 @@ class Supervised(nn.Module):
         counted = losses.where(batch.clip_ids >= 0, 0.0)
         return {"loss": counted.sum() / batch.loss_denominator, "logits": logits}
 
+    def flops(self, batch: Batch) -> int:
+        """Of a training step on a batch, filterbank and optimiser apart; see
+        :mod:`fastast.models.flops`."""
+        return self.model.flops(batch.grid.segments.host_offsets.diff().numpy()).training
+
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over the classes of each clip: ``[segments]``.

@@ -2,6 +2,7 @@
 
 from fastast.models.ast import AST
 from fastast.models.elastic_ast import ElasticAST
+from fastast.models.flexi_ast import FlexiAST
 from fastast.models.registry import create_model, create_pretraining_model, list_models
 from fastast.models.ssast import SSAST, SSASTPretraining
 
@@ -9,6 +10,7 @@ __all__ = [
     "AST",
     "SSAST",
     "ElasticAST",
+    "FlexiAST",
     "SSASTPretraining",
     "create_model",
     "create_pretraining_model",

@@ -7,15 +7,13 @@ row of the fixed grid; the mean of the two tokens is classified.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Literal
 
-from fastast.models.grid_vit import GridViT, mean_of_class_tokens
+from fastast.models.grid_vit import GridClassifier
 from fastast.models.vit import register_sizes
-from fastast.segments import Spectrograms
-from fastast.tokens import PatchGrid
 
 
-class AST(GridViT):
+class AST(GridClassifier):
     """Classifier for spectrograms of one length.
 
     Other lengths are accepted: the position table is then laid over each clip's own grid, as
@@ -28,6 +26,9 @@ class AST(GridViT):
         num_mels: mel bins of the input.
         patch_size: ``(mel bins, frames)``.
         stride: between patches; AST's best is ``(10, 10)``, its fastest ``(16, 16)``.
+        distilled: whether clips have a distillation token beside the class token (DeiT), and the
+            mean of the two is classified.
+        time_pool, time_pooling: of frames before patches are cut, see :class:`PatchGeometry`.
         dim, depth, num_heads, mlp_ratio: of the trunk.
 
     Raises:
@@ -43,42 +44,28 @@ class AST(GridViT):
         num_mels: int = 128,
         patch_size: tuple[int, int] = (16, 16),
         stride: tuple[int, int] = (10, 10),
+        distilled: bool = True,
         dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
+        time_pool: int = 1,
+        time_pooling: Literal["average", "max"] = "average",
     ) -> None:
         super().__init__(
+            num_classes,
             input_frames=input_frames,
             num_mels=num_mels,
             patch_size=patch_size,
             stride=stride,
+            distilled=distilled,
             dim=dim,
             depth=depth,
             num_heads=num_heads,
             mlp_ratio=mlp_ratio,
-            shorter="stretch",
+            time_pool=time_pool,
+            time_pooling=time_pooling,
         )
-        self.norm = nn.LayerNorm(dim, eps=1e-5)  # unlike the trunk's 1e-6, as in the original
-        self.head = nn.Linear(dim, num_classes)
-        self.init_weights()
-
-    def embed(self, inputs: Spectrograms | Tensor, grid: PatchGrid | None = None) -> Tensor:
-        """What the linear classifier reads of each clip: ``[clips, dim]``, in input order.
-
-        The mean of the two tokens after the last norm. Arguments as of :meth:`forward`.
-        """
-        features, grid = self.forward_features(inputs, grid)
-        return self.norm(mean_of_class_tokens(features, grid))
-
-    def forward(self, inputs: Spectrograms | Tensor, grid: PatchGrid | None = None) -> Tensor:
-        """Logits ``[clips, num_classes]`` in input order.
-
-        Args:
-            inputs: :class:`~fastast.Spectrograms`, or dense ``[clips, frames, num_mels]``.
-            grid: the token list, from ``model.geometry.grid(...)``; made here if missing.
-        """
-        return self.head(self.embed(inputs, grid))
 
 
 register_sizes("ast", AST)

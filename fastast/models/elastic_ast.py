@@ -8,8 +8,14 @@ Attention Pooling"); frequency and time have position tables of their own (secti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
 from torch import Tensor, nn
 
+from fastast.models import flops
+from fastast.models.flops import Flops
 from fastast.models.vit import PatchEmbed, Trunk, as_stream, init_vit_weights, register_sizes
 from fastast.nn import AttentionPool, MeanPool
 from fastast.segments import Spectrograms
@@ -24,6 +30,7 @@ class ElasticAST(nn.Module):
         num_mels: mel bins of the input.
         patch_size: ``(mel bins, frames)``; patches do not overlap.
         max_time_patches: columns of the time table; longer clips interpolate it.
+        time_pool, time_pooling: of frames before patches are cut, see :class:`PatchGeometry`.
         dim, depth, num_heads, mlp_ratio: of the trunk.
         pool: ``"attention"`` (the paper's) or ``"mean"`` (its ablation).
         attention_scale: of all attention scores. Default: the usual ``head_dim ** -0.5``. The
@@ -44,13 +51,15 @@ class ElasticAST(nn.Module):
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
+        time_pool: int = 1,
+        time_pooling: Literal["average", "max"] = "average",
         pool: str = "attention",
         attention_scale: float | None = None,
     ) -> None:
         super().__init__()
         if pool not in ("attention", "mean"):
             raise ValueError(f"pool must be 'attention' or 'mean', got {pool!r}")
-        self.geometry = PatchGeometry(num_mels, patch_size)
+        self.geometry = PatchGeometry(num_mels, patch_size, None, 0, time_pool, time_pooling)
         self.patch_embed = PatchEmbed(self.geometry, dim)
         self.positions = FactorisedPositions(self.geometry.freq_patches, max_time_patches, dim)
         self.trunk = Trunk(dim, depth, num_heads, mlp_ratio=mlp_ratio, scale=attention_scale)
@@ -87,6 +96,18 @@ class ElasticAST(nn.Module):
             grid: the token list, from ``model.geometry.grid(...)``; made here if missing.
         """
         return self.head(self.embed(inputs, grid))
+
+    def flops(self, tokens: Sequence[int] | np.ndarray) -> Flops:
+        """Of clips of so many tokens each; see :mod:`fastast.models.flops`."""
+        tokens = np.asarray(tokens, np.int64)
+        total, clips = int(tokens.sum()), int((tokens > 0).sum())
+        first = flops.embedding(self.patch_embed, total)
+        trunk = flops.blocks(self.trunk, total, flops.pairs(tokens))
+        pooling = 0
+        if isinstance(self.pool, AttentionPool):
+            pooling = flops.pool_folded(self.head.in_features, self.pool.num_heads, total, clips)
+        head = flops.linear(clips, self.head.in_features, self.head.out_features)
+        return Flops(first + trunk + pooling + head, first)
 
 
 register_sizes("elastic_ast", ElasticAST)

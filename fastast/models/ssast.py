@@ -11,20 +11,24 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastast.models.grid_vit import GridViT, mean_of_class_tokens
+from fastast.models.grid_vit import (
+    GridClassifier,
+    GridViT,
+    mean_of_class_tokens,
+    mean_of_patches,
+)
 from fastast.models.registry import register_model
 from fastast.models.vit import TRUNK_SIZES, TrunkSize, as_stream
-from fastast.nn import MeanPool
 from fastast.segments import Spectrograms
-from fastast.tokens import PatchGrid, cut_or_resize, patchify
+from fastast.tokens import PatchGrid, resize_positions
 
 
-class SSAST(GridViT):
+class SSAST(GridClassifier):
     """Classifier for spectrograms, fine-tuned from pre-trained weights.
 
     Clips of other lengths than ``input_frames`` are accepted: shorter ones use the middle of the
@@ -41,11 +45,14 @@ class SSAST(GridViT):
         dim, depth, num_heads, mlp_ratio: of the trunk.
         pool: what is classified of a clip: the ``"mean"`` of its patches, or its class tokens
             (``"cls"``).
+        time_pool, time_pooling: of frames before patches are cut, see :class:`PatchGeometry`.
 
     Raises:
         ValueError: an unknown ``pool``, ``input_frames`` shorter than a patch, or a ``dim`` that
             ``num_heads`` does not divide.
     """
+
+    shorter = "middle"
 
     def __init__(
         self,
@@ -60,10 +67,13 @@ class SSAST(GridViT):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         pool: str = "mean",
+        time_pool: int = 1,
+        time_pooling: Literal["average", "max"] = "average",
     ) -> None:
         if pool not in ("mean", "cls"):
             raise ValueError(f"pool must be 'mean' or 'cls', got {pool!r}")
         super().__init__(
+            num_classes,
             input_frames=input_frames,
             num_mels=num_mels,
             patch_size=patch_size,
@@ -72,30 +82,14 @@ class SSAST(GridViT):
             depth=depth,
             num_heads=num_heads,
             mlp_ratio=mlp_ratio,
-            shorter="middle",
+            time_pool=time_pool,
+            time_pooling=time_pooling,
         )
         self.pool = pool
-        self.norm = nn.LayerNorm(dim, eps=1e-5)  # unlike the trunk's 1e-6, as in the original
-        self.head = nn.Linear(dim, num_classes)
-        self.init_weights()
 
-    def embed(self, inputs: Spectrograms | Tensor, grid: PatchGrid | None = None) -> Tensor:
-        """What the linear classifier reads of each clip: ``[clips, dim]``, in input order.
-
-        The pooled tokens after the last norm. Arguments as of :meth:`forward`.
-        """
-        features, grid = self.forward_features(inputs, grid)
-        pool = mean_of_patches if self.pool == "mean" else mean_of_class_tokens
-        return self.norm(pool(features, grid))
-
-    def forward(self, inputs: Spectrograms | Tensor, grid: PatchGrid | None = None) -> Tensor:
-        """Logits ``[clips, num_classes]`` in input order.
-
-        Args:
-            inputs: :class:`~fastast.Spectrograms`, or dense ``[clips, frames, num_mels]``.
-            grid: the token list, from ``model.geometry.grid(...)``; made here if missing.
-        """
-        return self.head(self.embed(inputs, grid))
+    def _pooled(self, features: Tensor, grid: PatchGrid) -> Tensor:
+        pooled = mean_of_patches if self.pool == "mean" else mean_of_class_tokens
+        return pooled(features, grid)
 
     @torch.no_grad()
     def start_from(self, other: SSAST | SSASTPretraining) -> None:
@@ -118,8 +112,12 @@ class SSAST(GridViT):
                 f"patch_size {self.geometry.patch_size} differs from the pre-trained "
                 f"{other.geometry.patch_size}: use patches of one size"
             )
-        weights["positions.table"] = cut_or_resize(
-            weights["positions.table"], 2, other.positions.grid, self.positions.grid
+        weights["positions.table"] = resize_positions(
+            weights["positions.table"],
+            other.positions.grid,
+            self.positions.grid,
+            prefix=self.geometry.prefix,
+            shrink="cut",
         )
         own = self.state_dict()
         if wrong := [
@@ -152,7 +150,8 @@ class SSASTPretraining(GridViT):
     """The model as it is pre-trained: a mask token, and two heads of two layers each.
 
     Args:
-        input_frames, num_mels, dim, depth, num_heads, mlp_ratio: as of :class:`SSAST`.
+        input_frames, num_mels, dim, depth, num_heads, mlp_ratio, time_pool, time_pooling: as of
+            :class:`SSAST`.
         patch_size: ``(mel bins, frames)``.
         stride: between patches. By default they do not overlap, so that no masked patch can be
             copied from its neighbours.
@@ -161,6 +160,8 @@ class SSASTPretraining(GridViT):
         discriminate: head whose outputs are compared with the patches that were masked.
         generate: head whose outputs are to equal them.
     """
+
+    shorter = "middle"
 
     def __init__(
         self,
@@ -173,6 +174,8 @@ class SSASTPretraining(GridViT):
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
+        time_pool: int = 1,
+        time_pooling: Literal["average", "max"] = "average",
     ) -> None:
         super().__init__(
             input_frames=input_frames,
@@ -183,7 +186,8 @@ class SSASTPretraining(GridViT):
             depth=depth,
             num_heads=num_heads,
             mlp_ratio=mlp_ratio,
-            shorter="middle",
+            time_pool=time_pool,
+            time_pooling=time_pooling,
         )
         self.mask_token = nn.Parameter(torch.empty(dim))
         pixels = patch_size[0] * patch_size[1]
@@ -203,10 +207,11 @@ class SSASTPretraining(GridViT):
             grid: the token list, from ``model.geometry.grid(...)``; made here if missing.
         """
         frames, grid = as_stream(inputs, grid, self.geometry)
-        patches = patchify(frames, grid, self.geometry)
+        patches = self.patch_embed.cut(frames, grid)
         embedded = self.patch_embed.proj(patches)
         embedded = torch.where(masked[:, None], self.mask_token.to(embedded.dtype), embedded)
-        return Restored(self.encode(embedded, grid), patches)
+        features = self.trunk(self.assemble(embedded, grid), grid.segments)
+        return Restored(features, patches)
 
     def embed(self, inputs: Spectrograms | Tensor, grid: PatchGrid | None = None) -> Tensor:
         """The mean of each clip's patches after the trunk: ``[clips, dim]``, in input order."""
@@ -215,13 +220,6 @@ class SSASTPretraining(GridViT):
 
 def _head(dim: int, pixels: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, pixels))
-
-
-def mean_of_patches(features: Tensor, grid: PatchGrid) -> Tensor:
-    """The mean of each clip's tokens but the class tokens: ``[rows, dim] -> [clips, dim]``."""
-    patches = torch.where((grid.prefix_id < 0)[:, None], features, 0)
-    count = grid.segments.lengths[:, None]
-    return MeanPool()(patches, grid.segments) * (count / (count - 2).clamp(min=1))
 
 
 def _build(

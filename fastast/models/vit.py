@@ -6,9 +6,11 @@ published weights map onto them one to one.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from fastast.models.registry import register_model
 from fastast.nn import PackedAttention
 from fastast.segments import Segments, Spectrograms
-from fastast.tokens import PatchGeometry, PatchGrid, patchify
+from fastast.tokens import PatchGeometry, PatchGrid, patchify, resize_patch_kernel
 
 
 @dataclass(frozen=True)
@@ -98,17 +100,58 @@ class Trunk(nn.Module):
 class PatchEmbed(nn.Module):
     """Patches of a spectrogram stream, each projected to a token.
 
+    Args:
+        geometry: of the patches.
+        dim: of the tokens.
+        resize: how the projection is adapted to a grid of other patches (FlexiAST), see
+            :func:`~fastast.tokens.resize_patch_kernel`. Default: not at all.
+
     Shape:
         ``frames [rows, num_mels]``, grid ``-> [grid.num_rows, dim]``.
+
+    Raises:
+        ValueError: the grid's patches are of another size, and ``resize`` is None.
     """
 
-    def __init__(self, geometry: PatchGeometry, dim: int) -> None:
+    def __init__(
+        self,
+        geometry: PatchGeometry,
+        dim: int,
+        *,
+        resize: Literal["bilinear", "pi"] | None = None,
+    ) -> None:
         super().__init__()
         self.geometry = geometry
+        self.resize = resize
         self.proj = nn.Linear(geometry.patch_size[0] * geometry.patch_size[1], dim)
 
     def forward(self, frames: Tensor, grid: PatchGrid) -> Tensor:
-        return self.proj(patchify(frames, grid, self.geometry))
+        patches, own, size = self.cut(frames, grid), self.geometry.patch_size, _patch_size(grid)
+        if size == own:
+            return self.proj(patches)
+        kernel = resize_patch_kernel(self.proj.weight.unflatten(1, own), size, self.resize)
+        return F.linear(patches, kernel.flatten(1), self.proj.bias)
+
+    def cut(self, frames: Tensor, grid: PatchGrid) -> Tensor:
+        """The patches before they are projected, see :func:`~fastast.tokens.patchify`.
+
+        Raises:
+            ValueError: they are of another size, and ``resize`` is None.
+        """
+        own, size = self.geometry.patch_size, _patch_size(grid)
+        if size == own:
+            return patchify(frames, grid, self.geometry)
+        if self.resize is None:
+            raise ValueError(
+                f"grid lists patches of {size}, this model's are {own}: make it with the model's "
+                "own geometry, or use a FlexiAST"
+            )
+        return patchify(frames, grid, grid.geometry)
+
+
+def _patch_size(grid: PatchGrid) -> tuple[int, int]:
+    # To the compiler an integer that has changed is a variable; as an index it is a constant.
+    return tuple(map(operator.index, grid.geometry.patch_size))
 
 
 def as_stream(

@@ -93,8 +93,9 @@ class MelFilterbank(nn.Module):
                 :func:`fastast.ops.frame_segments`. A data loader makes it; without it, it is
                 made here, which needs ``sample_offsets`` and ``frame_shift`` on the CPU.
             num_rows: first form only: rows of the stream, where ``frames`` has a budget.
-            dither_keys: of each clip, from :func:`fastast.ops.mel_filterbank.dither_keys`; needed
-                if the settings have ``dither``.
+            dither_keys: of each clip, from :func:`fastast.ops.mel_filterbank.dither_keys`. If the
+                settings have ``dither``, training mode needs them; in evaluation mode there is no
+                noise without them.
 
         Returns:
             ``Spectrograms`` for the first two forms, ``[B, T, num_mels]`` for the third.
@@ -104,6 +105,9 @@ class MelFilterbank(nn.Module):
                 :func:`fastast.ops.mel_filterbank`.
         """
         frame_shift = self.frame_shift if frame_shift is None else frame_shift
+        plan = self.plan
+        if dither_keys is None and not self.training:
+            plan = replace(plan, dither=0.0)
         packed = isinstance(waveforms, Tensor) and waveforms.ndim == 1
         if not packed and (sample_offsets is not None or frames is not None):
             raise ValueError(
@@ -112,21 +116,22 @@ class MelFilterbank(nn.Module):
             )
         if packed:
             return self._packed(
-                waveforms, sample_offsets, frame_shift, frames, num_rows, dither_keys
+                plan, waveforms, sample_offsets, frame_shift, frames, num_rows, dither_keys
             )
         if not isinstance(waveforms, Tensor):
-            return self._packed(*_pack(waveforms), frame_shift, None, None, dither_keys)
+            return self._packed(plan, *_pack(waveforms), frame_shift, None, None, dither_keys)
         if not isinstance(frame_shift, int):
             raise ValueError(
                 "frame_shift must be one number for a [clips, samples] tensor; pass a list of "
                 "clips to give each its own"
             )
         return dense_mel_filterbank(
-            waveforms, frame_shift, self.plan, dither_keys=dither_keys, dtype=self.dtype
+            waveforms, frame_shift, plan, dither_keys=dither_keys, dtype=self.dtype
         )
 
     def _packed(
         self,
+        plan: MelPlan,
         waveforms: Tensor,
         sample_offsets: Tensor | None,
         frame_shift: Tensor | Sequence[int] | int,
@@ -139,7 +144,7 @@ class MelFilterbank(nn.Module):
                 "sample_offsets is missing: a flat waveform needs it to tell its clips apart; "
                 "for a single clip, pass waveforms[None]"
             )
-        device, plan = waveforms.device, self.plan
+        device = waveforms.device
         if isinstance(frame_shift, int):
             shape = (sample_offsets.shape[0] - 1,)
             frame_shift = sample_offsets.new_full(shape, frame_shift, dtype=torch.int32)

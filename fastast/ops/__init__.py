@@ -11,18 +11,23 @@ from fastast.ops.mel_filterbank import (
     mel_filterbank,
     mel_filterbank_reference,
 )
-from fastast.ops.mel_plan import Padding
+from fastast.ops.mel_plan import Framing, Padding
 from fastast.ops.packed_attention import (
     flash_attn_varlen_func,
     packed_attention,
     packed_attention_qkv,
 )
 from fastast.ops.segment_pool import segment_pool
+from fastast.ops.window_attention import window_attention
+from fastast.ops.window_grids import WindowBudget, WindowGrids
 
 __all__ = [
+    "Framing",
     "InfoNCE",
     "MelPlan",
     "Padding",
+    "WindowBudget",
+    "WindowGrids",
     "distillation_cross_entropy",
     "dither_keys",
     "flash_attn_varlen_func",
@@ -34,6 +39,7 @@ __all__ = [
     "packed_attention",
     "packed_attention_qkv",
     "segment_pool",
+    "window_attention",
 ]
 
 _native.load()

@@ -28,15 +28,19 @@ SEGMENTS_SCHEMA = "Tensor offsets, Tensor host_offsets, Tensor tiles, int max_le
 """How every operator's schema spells a :class:`~fastast.Segments`."""
 
 
-def gpu_kernels() -> bool:
-    """Whether kernels of our own serve GPUs.
+UNTRIED = frozenset({"distillation", "window_attention"})
+"""Operators whose Triton kernels are interpreted and compiled, but have not run on a GPU yet. The
+filterbank's for transforms of 512 to 2048 points (``csrc/mel/cuda/warp.h``) is another such."""
+
+
+def gpu_kernels(operator: str = "") -> bool:
+    """Whether kernels of our own serve GPUs, for an operator.
 
     ``FASTAST_GPU_KERNELS=0``, set before the library is imported, leaves all work to PyTorch's: to
-    compare, or to find out which of them is at fault. ``all`` adds those that are proven by
-    emulation but have not run on a GPU yet: at present the filterbank's for transforms of 512 to
-    2048 points (``csrc/mel/cuda/warp.h``).
+    compare, or to find out which of them is at fault. ``all`` adds those that are :data:`UNTRIED`.
     """
-    return os.environ.get("FASTAST_GPU_KERNELS") != "0"
+    wanted = os.environ.get("FASTAST_GPU_KERNELS")
+    return wanted == "all" or (wanted != "0" and operator not in UNTRIED)
 
 
 @functools.cache
@@ -46,7 +50,7 @@ def triton_kernels(operator: str) -> ModuleType | None:
     Operators ask at their first call on a GPU, so that importing the library does not import a
     compiler.
     """
-    if not gpu_kernels():
+    if not gpu_kernels(operator):
         return None
     try:
         return importlib.import_module(f"fastast.kernels.{operator}")

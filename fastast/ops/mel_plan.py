@@ -100,6 +100,53 @@ def frame_counts(
     return (num_samples > 0) * (1 + num_samples // frame_shift)
 
 
+@dataclass(frozen=True)
+class Framing:
+    """What a filterbank's frame counts depend on, apart from the frame shift.
+
+    All that is computed from lengths, before there is a sample, goes by it: which clips share a
+    batch, how large buffers must be. Samples and frames below are numbers or arrays of them.
+
+    Attributes:
+        window_length: samples of a frame.
+        padding: where frames lie.
+
+    Raises:
+        ValueError: no sample.
+    """
+
+    window_length: int
+    padding: Padding = Padding.NONE
+
+    def __post_init__(self) -> None:
+        if self.window_length < 1:
+            raise ValueError(f"window_length must be at least 1 sample, got {self.window_length}")
+
+    def num_frames(
+        self, num_samples: int | np.ndarray, frame_shift: int | np.ndarray
+    ) -> int | np.ndarray:
+        """Frames of a clip."""
+        return frame_counts(num_samples, self.window_length, frame_shift, self.padding)
+
+    def least_samples(self, num_frames: int, frame_shift: int | np.ndarray) -> int | np.ndarray:
+        """The fewest samples that have so many frames (at least one).
+
+        Centred frames one sample apart are two or none; two then have this for one.
+        """
+        if self.padding == Padding.NONE:
+            return (num_frames - 1) * frame_shift + self.window_length
+        if self.padding == Padding.KALDI:
+            return num_frames * frame_shift - frame_shift // 2
+        return np.maximum((num_frames - 1) * frame_shift, 1)[()]
+
+    def spare_samples(self, frame_shift: int) -> int:
+        """What is left of a clip when a frame shift is taken away for each of its frames, at
+        most."""
+        if self.padding == Padding.NONE:
+            return self.window_length - 1
+        return frame_shift - frame_shift // 2 - 1 if self.padding == Padding.KALDI else 0
+
+
 def first_sample(window_length: int, frame_shift: Tensor, padding: Padding) -> Tensor | int:
     """Where a clip's first frame begins; before the clip if it is negative."""
     if padding == Padding.NONE:
@@ -489,6 +536,11 @@ class MelPlan:
     def to(self, device: torch.device | str) -> MelPlan:
         """The same plan with the operator's tables on another device."""
         return replace(self, **{name: getattr(self, name).to(device) for name in self.TABLES})
+
+    @property
+    def framing(self) -> Framing:
+        """What frame counts depend on, for a loader to plan with."""
+        return Framing(self.window_length, self.padding)
 
     def num_frames(self, num_samples: int, frame_shift: int) -> int:
         """Frames of a clip."""

@@ -7,9 +7,10 @@ from fastast.tokens.patchify import patchify
 from fastast.tokens.positions import (
     FactorisedPositions,
     GridPositions,
+    ResizedPositions,
     SinCosPositions,
-    cut_or_resize,
 )
+from fastast.tokens.resizing import resize_patch_kernel, resize_positions
 
 __all__ = [
     "GMML",
@@ -20,12 +21,14 @@ __all__ = [
     "Mask",
     "PatchGeometry",
     "PatchGrid",
+    "ResizedPositions",
     "SinCosPositions",
     "StructuredMask",
     "UnstructuredMask",
     "corrupted_share",
-    "cut_or_resize",
     "kept_patches",
     "patchify",
     "random_keep",
+    "resize_patch_kernel",
+    "resize_positions",
 ]

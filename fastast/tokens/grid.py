@@ -9,7 +9,8 @@ is a row that is not in the table, so what is not there is never computed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,12 +31,18 @@ class PatchGeometry:
         stride: between patches; smaller than ``patch_size`` makes them overlap. Default: no
             overlap.
         prefix: rows before each clip's patches, for class tokens.
+        time_pool: frames that are pooled into one before patches are cut, C in From Coarse to Fine
+            (section 2.3); the most, where clips differ. ``patch_size`` and ``stride`` count pooled
+            frames; frames left over at a clip's end are not used.
+        time_pooling: ``"average"`` or ``"max"``.
     """
 
     num_mels: int = 128
     patch_size: tuple[int, int] = (16, 16)
     stride: tuple[int, int] | None = None
     prefix: int = 0
+    time_pool: int = 1
+    time_pooling: Literal["average", "max"] = "average"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
@@ -49,15 +56,41 @@ class PatchGeometry:
                 f"patch_size[0] ({self.patch_size[0]} mel bins) exceeds num_mels "
                 f"({self.num_mels}): use a lower patch or more mel bins"
             )
+        if self.time_pool < 1:
+            raise ValueError(f"time_pool must be at least 1 frame, got {self.time_pool}")
+        if self.time_pooling not in ("average", "max"):
+            raise ValueError(f"time_pooling must be 'average' or 'max', got {self.time_pooling!r}")
+
+    @property
+    def patch_frames(self) -> int:
+        """Frames that a patch covers, before they are pooled."""
+        return self.patch_size[1] * self.time_pool
+
+    @property
+    def stride_frames(self) -> int:
+        """Frames from one patch to the next, before they are pooled."""
+        return self.stride[1] * self.time_pool
+
+    def with_patch_size(self, patch_size: tuple[int, int]) -> PatchGeometry:
+        """The same spectrograms cut into patches of another size, without overlap (FlexiAST)."""
+        return replace(self, patch_size=patch_size, stride=None)
 
     @property
     def freq_patches(self) -> int:
         """Patches along frequency."""
         return (self.num_mels - self.patch_size[0]) // self.stride[0] + 1
 
-    def time_patches(self, frames: int | np.ndarray) -> int | np.ndarray:
-        """Patches along time of a clip of so many frames; frames left over are not used."""
-        patches = (np.asarray(frames) - self.patch_size[1]) // self.stride[1] + 1
+    def time_patches(
+        self, frames: int | np.ndarray, pool: np.ndarray | None = None
+    ) -> int | np.ndarray:
+        """Patches along time of a clip of so many frames; frames left over are not used.
+
+        Args:
+            frames: before pooling.
+            pool: the clips' pooling, if it is not ``time_pool``.
+        """
+        pooled = np.asarray(frames) // (self.time_pool if pool is None else pool)
+        patches = (pooled - self.patch_size[1]) // self.stride[1] + 1
         patches = np.maximum(patches, 0)
         return int(patches) if np.ndim(frames) == 0 else patches
 
@@ -69,13 +102,14 @@ class PatchGeometry:
 
     def min_frames(self) -> int:
         """Frames of the shortest clip that has a token."""
-        return self.patch_size[1]
+        return self.patch_frames
 
     def grid(
         self,
         frames: Segments | Sequence[int],
         budget: TokenBudget | None = None,
         keep: Sequence[np.ndarray] | None = None,
+        pool: Sequence[int] | np.ndarray | None = None,
     ) -> PatchGrid:
         """Lists the tokens of a batch. Runs on the host, in the loader.
 
@@ -84,17 +118,19 @@ class PatchGeometry:
             budget: fixes the number of token rows and segments.
             keep: for each clip, the sorted indices of the patches that become tokens. Default:
                 all.
+            pool: for each clip, how many frames are pooled to one. Default: ``time_pool``.
 
         Raises:
-            ValueError: the tokens do not fit the budget, or ``keep`` names a patch that the
-                clip does not have.
+            ValueError: the tokens do not fit the budget, ``keep`` names a patch that the clip does
+                not have, or ``pool`` is not in ``1, ..., time_pool``.
         """
         if isinstance(frames, Segments):
             starts = frames.host_offsets.numpy().astype(np.int64)
         else:
             starts = np.concatenate([[0], np.cumsum(np.asarray(frames, np.int64))])
         lengths = np.diff(starts)
-        width = self.time_patches(lengths)
+        pool = self._pool_of_clips(pool, len(lengths))
+        width = self.time_patches(lengths, pool)
         full = self.freq_patches * width
         if keep is None:
             counts = full
@@ -120,8 +156,8 @@ class PatchGeometry:
         rows = budget.tokens if budget else int((counts + prefix).sum())
 
         # One row of the table per token. What does not apply to a prefix or dead row stays 0.
-        table = np.zeros((5, rows), np.int32)
-        first_frame, freq, time, clip_width, prefix_id = table
+        table = np.zeros((6, rows), np.int32)
+        first_frame, freq, time, clip_width, prefix_id, time_pool = table
         clip = np.repeat(np.arange(len(lengths)), counts)
         begin = segments.host_offsets.numpy()[: len(lengths)]
         row = np.arange(len(patch)) + np.repeat(
@@ -129,12 +165,26 @@ class PatchGeometry:
         )
         freq[row] = patch // width[clip]
         time[row] = patch % width[clip]
-        first_frame[row] = starts[clip] + time[row] * self.stride[1]
+        time_pool[row] = pool[clip]
+        first_frame[row] = starts[clip] + time[row] * self.stride[1] * time_pool[row]
         clip_width[row] = width[clip]
         prefix_id[:] = -1
         for index in range(self.prefix):
             prefix_id[begin[counts > 0] + index] = index
-        return PatchGrid(segments, *(torch.from_numpy(column) for column in table))
+        return PatchGrid(segments, *(torch.from_numpy(column) for column in table), self)
+
+    def _pool_of_clips(self, pool: Sequence[int] | np.ndarray | None, clips: int) -> np.ndarray:
+        if pool is None:
+            return np.full(clips, self.time_pool)
+        pool = np.asarray(pool, np.int64)
+        if len(pool) > clips:
+            raise ValueError(f"pool has {len(pool)} entries for {clips} clips")
+        if len(pool) and not 1 <= pool.min() <= pool.max() <= self.time_pool:
+            raise ValueError(
+                f"pool must lie in 1, ..., time_pool ({self.time_pool}), got {pool.min()} to "
+                f"{pool.max()}"
+            )
+        return np.pad(pool, (0, clips - len(pool)), constant_values=self.time_pool)
 
 
 @dataclass(frozen=True)
@@ -148,6 +198,8 @@ class PatchGrid:
         time: int32 ``[rows]``, the patch's place along time.
         clip_width: int32 ``[rows]``, patches along time of the token's clip.
         prefix_id: int32 ``[rows]``, which prefix token the row holds; -1 on patches.
+        time_pool: int32 ``[rows]``, frames that are pooled to one of the patch's.
+        geometry: how the patches were cut. Traced code is compiled anew for each.
     """
 
     segments: Segments
@@ -156,6 +208,8 @@ class PatchGrid:
     time: Tensor
     clip_width: Tensor
     prefix_id: Tensor
+    time_pool: Tensor
+    geometry: PatchGeometry
 
     @property
     def num_rows(self) -> int:
@@ -163,7 +217,14 @@ class PatchGrid:
         return self.freq.shape[0]
 
     def _tables(self) -> tuple[Tensor, ...]:
-        return self.first_frame, self.freq, self.time, self.clip_width, self.prefix_id
+        return (
+            self.first_frame,
+            self.freq,
+            self.time,
+            self.clip_width,
+            self.prefix_id,
+            self.time_pool,
+        )
 
     def visible(
         self, masked: Tensor, segments: Segments, num_rows: int
@@ -186,24 +247,28 @@ class PatchGrid:
         wanted = torch.arange(1, num_rows + 1, device=kept.device)
         rows = torch.searchsorted(kept.cumsum(0), wanted)
         # A dead row is listed as :meth:`PatchGeometry.grid` lists it.
-        dead = dict.fromkeys(("first_frame", "freq", "time", "clip_width"), 0) | {"prefix_id": -1}
+        dead = dict.fromkeys(("first_frame", "freq", "time", "clip_width", "time_pool"), 0)
+        dead["prefix_id"] = -1
         tables = {
             name: F.pad(getattr(self, name), (0, 1), value=value)[rows]
             for name, value in dead.items()
         }
-        return PatchGrid(segments, **tables), rows
+        return PatchGrid(segments, **tables, geometry=self.geometry), rows
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PatchGrid:
         """The same list on another device."""
         return PatchGrid(
             self.segments.to(device, non_blocking),
             *(table.to(device, non_blocking=non_blocking) for table in self._tables()),
+            self.geometry,
         )
 
     def pin_memory(self) -> PatchGrid:
         """Page-locks the tables, so that :meth:`to` can overlap with computation."""
         return PatchGrid(
-            self.segments.pin_memory(), *(table.pin_memory() for table in self._tables())
+            self.segments.pin_memory(),
+            *(table.pin_memory() for table in self._tables()),
+            self.geometry,
         )
 
 

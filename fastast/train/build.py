@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -17,16 +17,17 @@ from fastast.data import (
     Planner,
     Sampler,
     mixed_frame_shifts,
+    padded_samples,
 )
 from fastast.data.datasets import load_manifests
 from fastast.frontend import MelFrontend
 from fastast.methods import MaskedSpectrogramModeling, Supervised
-from fastast.models import create_model, create_pretraining_model
+from fastast.models import FlexiAST, create_model, create_pretraining_model
 from fastast.nn import MelFilterbank
-from fastast.ops.mel_filterbank import frame_counts, hop_from_ms
+from fastast.ops import Framing, hop_from_ms
 from fastast.segments import TokenBudget
 from fastast.tokens import ClusteredMask, PatchGeometry, UnstructuredMask
-from fastast.train.recipe import DataConfig, Recipe
+from fastast.train.recipe import FILTERBANK_SETTINGS, DataConfig, Recipe
 
 PARTS = ("train", "validation", "test")
 
@@ -81,15 +82,25 @@ def load_data(config: DataConfig, parts: Collection[str] = PARTS) -> Splits:
 
 
 def build_filterbank(recipe: Recipe) -> MelFilterbank:
-    """The filterbank of a recipe."""
-    front = recipe.frontend
-    return MelFilterbank(
-        recipe.data.sample_rate,
-        front.num_mels,
-        frame_length_ms=front.frame_length_ms,
-        mean=front.mean,
-        std=front.std,
-    )
+    """The filterbank of a recipe.
+
+    Raises:
+        ValueError: settings that contradict each other or the sample rate.
+    """
+    front, rate = recipe.frontend, recipe.data.sample_rate
+    settings = {name: getattr(front, name) for name in FILTERBANK_SETTINGS}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if front.preset == "htsat":  # which counts in samples
+        settings["window_length"] = hop_from_ms(settings.pop("frame_length_ms"), rate)
+    try:
+        return MelFilterbank(rate, preset=front.preset, mean=front.mean, std=front.std, **settings)
+    except ValueError as error:
+        raise ValueError(f"frontend, at data.sample_rate={rate}: {error}") from error
+
+
+def framing_of(recipe: Recipe) -> Framing:
+    """What frame counts depend on in a recipe's filterbank."""
+    return build_filterbank(recipe).plan.framing
 
 
 def build_method(recipe: Recipe, num_classes: int, *, multi_label: bool = False) -> nn.Module:
@@ -146,8 +157,7 @@ def _ssast(recipe: Recipe) -> MaskedSpectrogramModeling:
     if model.geometry.freq_patches == 1:
         mask = UnstructuredMask(config.mask_ratio)
     else:
-        sizes = tuple(config.cluster)
-        mask = ClusteredMask(config.mask_ratio, sizes, as_code=config.clusters_as_code)
+        mask = ClusteredMask(config.mask_ratio, config.cluster, as_code=config.clusters_as_code)
     return MaskedSpectrogramModeling(
         model,
         _build_frontend(recipe),
@@ -166,27 +176,36 @@ def _build_model(recipe: Recipe, create: Callable[..., nn.Module]) -> nn.Module:
         for key, value in asdict(recipe.model).items()
         if value is not None and key not in ("name", "init")
     }
-    if name.startswith(("ast_", "ssast_")):
-        seconds = front.fixed_seconds
-        if seconds is None and name.startswith("ast_"):
-            raise ValueError(f"{name} has a fixed input length: set frontend.fixed_seconds")
-        seconds = seconds or recipe.data.max_seconds
+    seconds, input_frames = front.fixed_seconds, recipe.model.input_frames
+    if name.startswith("ast_") and seconds is None:
+        raise ValueError(f"{name} has a fixed input length: set frontend.fixed_seconds")
+    if name.startswith("ssast_") and seconds is None and input_frames is None:
+        seconds = recipe.data.max_seconds
         if seconds is None:
             raise ValueError(
                 f"{name} has positions up to some length: set data.max_seconds, or "
                 "frontend.fixed_seconds"
             )
+    if name.startswith(("ast_", "flexi_ast_", "ssast_")) and seconds is not None:
+        if input_frames is not None:
+            raise ValueError(
+                "model.input_frames follows from frontend.fixed_seconds: set one of them alone"
+            )
         settings["input_frames"] = fixed_frames(recipe, seconds, finest_shift(recipe))
     try:
-        return create(name, num_mels=front.num_mels, **settings)
+        model = create(name, num_mels=front.num_mels, **settings)
     except TypeError as error:  # such as "got an unexpected keyword argument 'stride'"
         raise ValueError(f"model: {name} does not take these settings: {error}") from error
+    if recipe.augment.patch_sizes:
+        flexible(model)
+    return model
 
 
 def _build_frontend(recipe: Recipe) -> MelFrontend:
-    augment = recipe.augment
+    front, augment = recipe.frontend, recipe.augment
     return MelFrontend(
         build_filterbank(recipe),
+        dither_in_evaluation=front.dither_in_evaluation,
         roll=augment.roll,
         gain_db=augment.gain_db,
         freq_mask=augment.freq_mask,
@@ -195,6 +214,31 @@ def _build_frontend(recipe: Recipe) -> MelFrontend:
         roll_frames=augment.roll_frames,
         seed=recipe.train.seed,
     )
+
+
+def flexible(model: nn.Module) -> FlexiAST:
+    """A model whose patches may have any size.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(model, FlexiAST):
+        raise ValueError(
+            f"patch sizes can be chosen for FlexiAST alone (model.name flexi_ast_*); this is "
+            f"{type(model).__name__}"
+        )
+    return model
+
+
+def size_pairs(patch_sizes: Sequence[int | Sequence[int]]) -> list[tuple[int, int]]:
+    """Patch sizes as mel bins and frames; one number stands for both."""
+    pairs = [(size, size) if isinstance(size, int) else tuple(size) for size in patch_sizes]
+    for pair in pairs:
+        if len(pair) != 2 or min(pair) < 1:
+            raise ValueError(
+                f"a patch size must be mel bins and frames, or one number for both; got {pair}"
+            )
+    return pairs
 
 
 def finest_shift(recipe: Recipe) -> float:
@@ -206,12 +250,7 @@ def fixed_frames(recipe: Recipe, seconds: float, frame_shift_ms: float) -> int:
     """Frames of a clip of so many seconds."""
     rate = recipe.data.sample_rate
     shift = hop_from_ms(frame_shift_ms, rate)
-    return int(frame_counts(int(seconds * rate), window_length(recipe), shift))
-
-
-def window_length(recipe: Recipe) -> int:
-    """Samples of a frame."""
-    return hop_from_ms(recipe.frontend.frame_length_ms, recipe.data.sample_rate)
+    return int(framing_of(recipe).num_frames(int(seconds * rate), shift))
 
 
 def make_loader(
@@ -234,8 +273,9 @@ def make_loader(
         recipe: all settings.
         dataset: the clips.
         geometry: of the model's patches.
-        training: shuffle, augment, mix the resolutions and drop tokens as the recipe says.
-            Otherwise clips come once, at one resolution, whole.
+        training: shuffle, augment, mix the resolutions and patch sizes and drop tokens as the
+            recipe says. Otherwise clips come once, at one resolution, whole, in patches of
+            ``geometry``.
         seconds: cut clips to this length instead of ``data.max_seconds``; where the recipe fixes
             the input size, fix it to this.
         compression: factor on ``frontend.frame_shift_ms``, if not training. Default: the least
@@ -259,11 +299,14 @@ def make_loader(
                 "a fixed input size has one time resolution"
             )
         dense_frames = fixed_frames(recipe, seconds or front.fixed_seconds, shifts[0])
+    framing = framing_of(recipe)
     limit = recipe.data.max_seconds if seconds is None else seconds
     tokens = train.batch_tokens
     crop = mixup = None
+    patch_sizes = []
     sampler = Sampler(shuffle=False)
     if training:
+        patch_sizes = size_pairs(augment.patch_sizes or [])
         if augment.crop_seconds is not None:
             crop = Crop(tuple(augment.crop_seconds), augment.crop)
         if augment.mixup:
@@ -274,13 +317,15 @@ def make_loader(
         samples = int(max(dataset.lengths))
         samples = samples if limit is None else min(samples, int(limit * rate))
         hop = hop_from_ms(shifts[0], rate)
-        frames = dense_frames or int(frame_counts(samples, window_length(recipe), hop))
-        tokens = max(tokens, geometry.num_tokens(max(frames, geometry.min_frames())))
+        samples = padded_samples(samples, geometry.min_frames(), framing, hop)
+        frames = dense_frames or int(framing.num_frames(samples, hop))
+        tokens = max(tokens, geometry.num_tokens(frames))
     planner = Planner(
         dataset,
         geometry,
+        patch_sizes=patch_sizes,
         budget=TokenBudget(tokens, train.batch_clips, tokens),
-        window=window_length(recipe),
+        framing=framing,
         frame_shift_ms=shifts,
         max_seconds=limit,
         crop=crop,

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastast.data import AudioDataset, LeftOut, PackedLoader
+from fastast.tokens import PatchGeometry
 from fastast.train.bar import progress_bar
-from fastast.train.build import make_loader
+from fastast.train.build import flexible, make_loader, size_pairs
 from fastast.train.distributed import joined
 from fastast.train.metrics import ClassScore, measure
 from fastast.train.recipe import Recipe
@@ -177,11 +178,12 @@ def evaluate_over(
     *,
     lengths: Sequence[float] = (),
     compression: Sequence[float] = (),
+    patch_sizes: Sequence[int | tuple[int, int]] = (),
     device: torch.device | str = "cpu",
     workers: int = 0,
     title: str | None = None,
 ) -> dict[str, list[dict]]:
-    """Evaluates at several lengths and at several frame shifts.
+    """Evaluates at several lengths, frame shifts and patch sizes.
 
     A model of fixed input size is given clips cut and padded to each length, as in the
     ElasticAST paper (section 3.3); other models are given clips cut to it, never padded.
@@ -191,20 +193,28 @@ def evaluate_over(
         dataset: the clips.
         lengths: in seconds.
         compression: factors on ``frontend.frame_shift_ms``.
+        patch_sizes: mel bins and frames, or one number for both; for a FlexiAST.
         device: of the method.
         workers: processes that decode; 0 leaves it to a thread.
         title: of a progress bar, as for :func:`evaluate`.
 
     Returns:
-        ``{"lengths": [...], "compression": [...]}`` of rows with ``at`` (the length or factor)
-        and all of :meth:`Score.to_dict`.
-    """
+        ``{"lengths": [...], "compression": [...], "patch_sizes": [...]}`` of rows with ``at`` (the
+        length or factor; mel bins and frames) and all of :meth:`Score.to_dict`.
 
-    def row(at: float, **setting: float) -> dict:
-        loader = make_loader(recipe, dataset, method.model.geometry, workers=workers, **setting)
+    Raises:
+        ValueError: ``patch_sizes`` for another model.
+    """
+    sizes = size_pairs(patch_sizes)
+    geometries = [flexible(method.model).geometry_of(size) for size in sizes]
+
+    def row(at: float | list, geometry: PatchGeometry | None = None, **setting: float) -> dict:
+        geometry = geometry or method.model.geometry
+        loader = make_loader(recipe, dataset, geometry, workers=workers, **setting)
         return {"at": at} | evaluate(method, loader, device, title=title).to_dict()
 
     return {
         "lengths": [row(seconds, seconds=seconds) for seconds in lengths],
         "compression": [row(factor, compression=factor) for factor in compression],
+        "patch_sizes": [row(list(each.patch_size), each) for each in geometries],
     }

@@ -9,10 +9,11 @@ from os import PathLike
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from fastast.data import AudioError, LeftOut, read_audio
-from fastast.ops import hop_from_ms
-from fastast.train.build import build_filterbank, finest_shift, window_length
+from fastast.ops import dither_keys, hop_from_ms
+from fastast.train.build import build_filterbank, finest_shift
 from fastast.train.recipe import Recipe
 
 
@@ -46,21 +47,25 @@ def extract_features(
 
     Args:
         files: of any formats, lengths and sample rates.
-        recipe: whose front end is used, at its finest time resolution.
+        recipe: whose front end is used, at its finest time resolution; with dither, if it asks for
+            that in evaluation, and then with the same noise for every file.
     """
     rate = recipe.data.sample_rate
-    filterbank, shift_ms = build_filterbank(recipe), finest_shift(recipe)
+    filterbank, shift_ms = build_filterbank(recipe).eval(), finest_shift(recipe)
+    shift, noise = hop_from_ms(shift_ms, rate), None
+    if recipe.frontend.dither_in_evaluation:
+        noise = dither_keys(recipe.train.seed, 0, torch.zeros(1, dtype=torch.int64))
     for path in map(str, files):
         try:
             waveform = read_audio(path, rate)
         except AudioError as error:
             yield LeftOut(path, error.what)
             continue
-        if len(waveform) < window_length(recipe):
+        if not filterbank.plan.num_frames(len(waveform), shift):
             seconds = len(waveform) / rate
             yield LeftOut(path, f"lasts {1000 * seconds:.3g} ms, less than a frame")
             continue
-        frames = filterbank([waveform], frame_shift=hop_from_ms(shift_ms, rate)).frames
+        frames = filterbank([waveform], frame_shift=shift, dither_keys=noise).frames
         yield Features(path, frames.numpy(), shift_ms, rate)
 
 

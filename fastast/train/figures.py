@@ -24,7 +24,7 @@ _MOST_BARS = 60
 def plot_curves(
     models: dict[str, dict[str, list[dict]]], path: str | PathLike, frame_shift_ms: float
 ) -> None:
-    """Accuracy over clip length and over time resolution, as in ElasticAST's figures 4 and 5.
+    """Accuracy over clip length, time resolution (ElasticAST, figures 4 and 5) and patch size.
 
     Of multi-label data, mAP.
 
@@ -35,7 +35,11 @@ def plot_curves(
     """
     panels = [
         (key, label)
-        for key, label in (("lengths", "clip length (s)"), ("compression", "frame shift (ms)"))
+        for key, label in (
+            ("lengths", "clip length (s)"),
+            ("compression", "frame shift (ms)"),
+            ("patch_sizes", "patch size (mel bins x frames)"),
+        )
         if any(rows[key] for rows in models.values())
     ]
     metric = headline(next(row for rows in models.values() for row in rows[panels[0][0]]))
@@ -47,6 +51,8 @@ def plot_curves(
             at = [row["at"] for row in rows[key]]
             if key == "compression":
                 at = [factor * frame_shift_ms for factor in at]
+            elif key == "patch_sizes":
+                at = [f"{height}x{width}" for height, width in at]
             axis.plot(at, [_percent(row[metric]) for row in rows[key]], "o-", label=name)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
@@ -107,25 +113,29 @@ def plot_features(features: Sequence[Features], path: str | PathLike) -> None:
         )
         axis.set_title(each.path, fontsize=8, loc="left")
         axis.set_ylabel("mel bin")
-        figure.colorbar(image, ax=axis, pad=0.01, label="log energy")
+        figure.colorbar(image, ax=axis, pad=0.01, label="log mel")
     axes[-1, 0].set_xlabel("time (s)")
     _save(figure, path, dpi=100)
 
 
 def plot_learning_curves(
-    panels: dict[str, dict[str, tuple[Sequence[float], Sequence[float]]]], path: str | PathLike
+    panels: dict[str, dict[str, tuple[Sequence[float], Sequence[float]]]],
+    path: str | PathLike,
+    *,
+    over: str = "step",
 ) -> None:
     """Measurements over optimiser steps, a panel for each kind and a line for each run.
 
     Args:
         panels: label of the panel to name of the run to steps and values.
         path: of the image.
+        over: what there is in the place of steps.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), squeeze=False)
     for axis, (label, runs) in zip(axes[0], panels.items(), strict=True):
         for name, (steps, values) in runs.items():
             axis.plot(steps, values, ".-", label=name)
-        axis.set_xlabel("step")
+        axis.set_xlabel(over)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastast.data import AudioDataset, AudioError, Batch
-from fastast.ops import hop_from_ms
+from fastast.ops import dither_keys, hop_from_ms
 from fastast.random import random_bits
 from fastast.train.averaging import EMA, EpochMean, average_files
 from fastast.train.build import (
@@ -32,6 +32,13 @@ from fastast.train.init import start_from
 from fastast.train.log import RunLog
 from fastast.train.meter import Meter
 from fastast.train.optim import clip_gradients, make_optimizer
+from fastast.train.phases import (
+    adapt_state,
+    load_moments,
+    parameter_names,
+    phase_recipe,
+    phases_of,
+)
 from fastast.train.progress import Progress
 from fastast.train.recipe import Recipe, TrainConfig
 from fastast.train.run import RunDirectory
@@ -52,6 +59,9 @@ FREE_TO_CHANGE = {
 """What a run may be resumed with that it was not started with. It changes no number, but for the
 device, whose arithmetic is its own."""
 
+SPENT = ("clips", "audio_hours", "flops", "seconds")
+"""What the log adds up over a phase, all ranks together."""
+
 MOST_BAD = 10
 """Clips of an epoch that may be unreadable, however few there are."""
 
@@ -59,7 +69,7 @@ MOST_BAD = 10
 def fit(
     recipe: Recipe, run_dir: str | os.PathLike, *, resume: bool = False, quiet: bool = False
 ) -> nn.Module:
-    """Trains a model and keeps everything of the run in a directory.
+    """Trains a model, phase after phase, and keeps everything of the run in a directory.
 
     The state is saved after each epoch, every few minutes, and when the run is asked to stop
     (SIGTERM, Ctrl-C). A run that was stopped or killed resumes from there and goes on as if
@@ -84,8 +94,19 @@ def fit(
         FloatingPointError: a loss is not finite.
         AudioError: a file cannot be read, and ``data.bad_files`` is ``stop``.
     """
+    run, data = RunDirectory(run_dir), None
     with joined() as ranks:
-        return _Training(recipe, RunDirectory(run_dir), ranks, resume, quiet).run_to_the_end()
+        while True:
+            training = _Training(recipe, run, ranks, resume, quiet, data)
+            method = training.run_to_the_end()
+            if training.is_last:
+                return method
+            # The next phase begins as a run that was stopped here would.
+            resume, data = True, training.data
+            ranks.from_first(None)  # the checkpoint is written
+            if training.compiled:
+                torch.compiler.reset()  # what is compiled holds on to this phase's weights
+            del training, method
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -124,6 +145,8 @@ def pick_metric(recipe: Recipe, multi_label: bool) -> str:
 def measure_statistics(recipe: Recipe, dataset: AudioDataset, clips: int = 500) -> Recipe:
     """Fills in ``frontend.mean`` and ``frontend.std`` from some of the clips, if missing.
 
+    They are of what is trained on, so with dither where there is any.
+
     Raises:
         ValueError: only one of the two is set, or the clips hold no frame or no sound.
     """
@@ -134,7 +157,8 @@ def measure_statistics(recipe: Recipe, dataset: AudioDataset, clips: int = 500) 
         raise ValueError("set both frontend.mean and frontend.std, or neither")
     filterbank = build_filterbank(recipe)
     shift = hop_from_ms(finest_shift(recipe), recipe.data.sample_rate)
-    keys = random_bits(0, 0, torch.from_numpy(dataset.clip_ids), "statistics", 1)[:, 0]
+    clip_ids = torch.from_numpy(dataset.clip_ids)
+    keys = random_bits(0, 0, clip_ids, "statistics", 1)[:, 0]
     count, total, squares = 0, 0.0, 0.0
     for index in keys.argsort()[:clips].tolist():
         try:
@@ -143,7 +167,8 @@ def measure_statistics(recipe: Recipe, dataset: AudioDataset, clips: int = 500) 
             if recipe.data.bad_files == "stop":
                 raise
             continue
-        frames = filterbank([waveform], frame_shift=shift).frames.double()
+        noise = dither_keys(0, 0, clip_ids[index, None])
+        frames = filterbank([waveform], frame_shift=shift, dither_keys=noise).frames.double()
         count += frames.numel()
         total += frames.sum().item()
         squares += frames.square().sum().item()
@@ -158,37 +183,51 @@ def measure_statistics(recipe: Recipe, dataset: AudioDataset, clips: int = 500) 
 
 
 class _Training:
-    """A run under way: what it is made of, and how far it has come.
+    """A phase of a run under way: what it is made of, and how far the run has come.
 
     Attributes:
-        epoch: epochs done.
+        phase: which one, counted from 0.
+        whole: the recipe of all phases; ``recipe`` is this one's.
+        epoch: epochs done, in all phases.
         epoch_step: steps done of the next one.
         step: steps done in all.
         tokens: that they have seen, on all ranks.
+        begun: ``epoch``, ``step`` and ``tokens`` when the phase began.
+        spent: what the phase's epochs have cost, for the log.
     """
 
     def __init__(
-        self, recipe: Recipe, run: RunDirectory, ranks: Ranks, resume: bool, quiet: bool
+        self,
+        recipe: Recipe,
+        run: RunDirectory,
+        ranks: Ranks,
+        resume: bool,
+        quiet: bool,
+        data: Splits | None = None,
     ) -> None:
         self.run, self.ranks = run, ranks
         self.quiet = quiet or not ranks.is_first
         self.progress = Progress(run.path.name, quiet=self.quiet)
-        config = recipe.train
-        self.device = pick_device(config.device, ranks.local_rank)
+        self.device = pick_device(recipe.train.device, ranks.local_rank)
         on_gpu = self.device.type == "cuda"
-        self.bf16 = on_gpu if config.bf16 is None else config.bf16
-        compiled = on_gpu if config.compile is None else config.compile
+        self.bf16 = on_gpu if recipe.train.bf16 is None else recipe.train.bf16
+        self.compiled = on_gpu if recipe.train.compile is None else recipe.train.compile
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
 
         state = self._saved_state(resume)
         if state is not None:
             started = Recipe.from_dict(state["recipe"])
             check_same_recipe(started, recipe, run)
             recipe = replace(recipe, frontend=started.frontend)  # with the statistics measured then
-        data = load_data(recipe.data, ("train", "validation"))
-        self.identity = data_identity(data)
-        for name in ("train", "validation"):
-            if part := getattr(data, name):
-                self.progress.say(f"{name}: {part.summary()}")
+        for number in range(len(phases_of(recipe))):  # what is wrong with any shows at once
+            build_filterbank(phase_recipe(recipe, number))
+        if data is None:
+            data = load_data(recipe.data, ("train", "validation"))
+            for name in ("train", "validation"):
+                if part := getattr(data, name):
+                    self.progress.say(f"{name}: {part.summary()}")
+        self.data, self.identity = data, data_identity(data)
         self._check_ranks_agree(recipe, state)
         if state is not None and state["data"] != self.identity:
             raise ValueError(
@@ -199,10 +238,19 @@ class _Training:
             recipe = ranks.from_first(
                 measure_statistics(recipe, data.train) if ranks.is_first else None
             )
+        self.whole, self.phase = recipe, 0
+        entering = False
+        if state is not None:
+            entering = state["phase_over"] and state["phase"] + 1 < len(phases_of(recipe))
+            self.phase = state["phase"] + entering
+        recipe = phase_recipe(recipe, self.phase)
         self.recipe, self.config = recipe, recipe.train
+        config = self.config
         self.class_names, self.multi_label = data.train.class_names, data.train.multi_label
         self.metric = pick_metric(recipe, self.multi_label)
         self._check_validation(data)
+        if len(phases_of(self.whole)) > 1:
+            self.progress.say(self._describe_phase())
 
         torch.manual_seed(config.seed)
         self.method = build_method(recipe, len(self.class_names), multi_label=self.multi_label)
@@ -217,7 +265,7 @@ class _Training:
             "pin_memory": on_gpu,
         }
         self.loader = make_loader(
-            recipe, data.train, geometry, training=True, fixed_shapes=compiled, **shared
+            recipe, data.train, geometry, training=True, fixed_shapes=self.compiled, **shared
         )
         self.validation = None
         if data.validation is not None:
@@ -235,18 +283,24 @@ class _Training:
         self.best: list[tuple[float, str]] = []
         self.meter = Meter(self.device, ranks)
         self.epoch = self.epoch_step = self.step = self.tokens = 0
+        self.begun = {"epoch": 0, "step": 0, "tokens": 0}
+        self.spent = dict.fromkeys(SPENT, 0.0)
         self.lr, self.over = 0.0, False
         self.clips: list[int] = []
         self.left_out: dict[str, str] = {}
-        if state is not None:
+        if entering:
+            self._enter(state)
+        elif state is not None:
             self._restore(state)
         elif ranks.is_first:
-            run.start(recipe)
+            run.start(self.whole)
         self.log = RunLog(run, self.step, enabled=ranks.is_first)
         if ranks.is_first:
             run.note_left_out([*data.train.left_out, *(data.validation or data.train).left_out])
 
-        forward = torch.compile(self.method, fullgraph=True) if compiled else self.method
+        forward = (
+            self._compile(len(self.loader.planner.geometries)) if self.compiled else self.method
+        )
         self.forward = forward
         if ranks.size > 1:
             self.forward = DistributedDataParallel(
@@ -254,7 +308,22 @@ class _Training:
             )
             self._settle_buckets()
 
+    def _compile(self, patch_sizes: int) -> nn.Module:
+        """The method, to be compiled at its first step; anew for each patch size."""
+        if patch_sizes == 1:
+            return torch.compile(self.method, fullgraph=True)
+        # Each has shapes of its own, that never change; some code is compiled for them all.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, patch_sizes)
+        return torch.compile(self.method, fullgraph=True, dynamic=False)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no phase follows."""
+        return self.phase + 1 == len(phases_of(self.whole))
+
     def run_to_the_end(self) -> nn.Module:
+        """Trains until the phase is over."""
         self.saved_at = time.monotonic()
         with (
             StopRequest() as self.stop,
@@ -265,10 +334,10 @@ class _Training:
             contextlib.closing(self.validation) if self.validation else contextlib.nullcontext(),
         ):
             # A run may have been stopped after the last step, before the end of its epoch.
-            while not self.over and (self.epoch_step or self._share_done() < 1):
+            while not self._phase_over():
                 self._train_epoch()
                 self._finish_epoch()
-            return self._finish()
+            return self._finish() if self.is_last else self.method
 
     def _train_epoch(self) -> None:
         self.method.train()
@@ -281,10 +350,9 @@ class _Training:
                 done = self._share_done(self.epoch_step / num_steps)
                 if done >= 1:
                     break
-                epoch = self.epoch + self.epoch_step / num_steps
-                self.lr = self.schedule.apply(
-                    self.optimizer, step=self.step, epoch=epoch, done=done
-                )
+                epoch = self.epoch - self.begun["epoch"] + self.epoch_step / num_steps
+                step = self.step - self.begun["step"]
+                self.lr = self.schedule.apply(self.optimizer, step=step, epoch=epoch, done=done)
                 self._train_step([next(waiting) for _ in range(self.config.accumulate)])
                 self.tokens += int(step_tokens[self.epoch_step])
                 self.step += 1
@@ -302,7 +370,7 @@ class _Training:
         clips = self.ranks.sum(torch.tensor(sum(batch.num_clips for batch in batches)))
         denominator = max(int(clips), 1) / self.ranks.size
         for index, batch in enumerate(batches):
-            self.meter.count(batch)
+            self.meter.count(batch, self._flops(batch))
             if self.config.log_clips:
                 self.clips += batch.clip_ids[batch.clip_ids >= 0].tolist()
             self.left_out.update(batch.left_out)
@@ -355,10 +423,12 @@ class _Training:
         if self.validation is not None:
             self._save_if_due(after_minutes=1.0)  # validation may take long
         self.epoch, self.epoch_step = self.epoch + 1, 0
-        record = {"epoch": self.epoch - 1, "step": self.step, "tokens": self.tokens, "lr": self.lr}
-        record |= self.meter.summary()
+        record = {"epoch": self.epoch - 1, "phase": self.phase, "step": self.step}
+        record |= {"tokens": self.tokens, "lr": self.lr} | self.meter.summary()
+        for name in SPENT:
+            self.spent[name] += record[name] or 0
         if isinstance(self.average, EpochMean):
-            self.average.update(self.method.model, self.epoch)
+            self.average.update(self.method.model, self.epoch - self.begun["epoch"])
         if self.validation is not None:
             averaged = self.average.weights() if isinstance(self.average, EMA) else None
             with exchanged_weights(self.method.model, averaged):
@@ -367,6 +437,8 @@ class _Training:
             self.left_out.update(score.left_out)
             self._judge(score)
         self.log.write("epoch", record)
+        if self._phase_over():
+            self._log_phase(record["peak_memory_gib"])
         self.progress.epoch(self._share_done(), record)
         self.meter = Meter(self.device, self.ranks)
         self._save_model()
@@ -379,6 +451,9 @@ class _Training:
         value = self.ranks.from_first(math.nan if value is None else value)
         self.schedule.observe(value)
         if self.stopping is not None and self.stopping.update(value):
+            self.over = True
+        until = phases_of(self.whole)[self.phase].until
+        if until is not None and (value < until if self.metric == "loss" else value > until):
             self.over = True
         if self.config.average == "best" and math.isfinite(value):
             rank = value if self.metric == "loss" else -value
@@ -444,7 +519,11 @@ class _Training:
             self.run.note_left_out(entry for part in left_out for entry in part.items())
             self.run.save_checkpoint(
                 {
-                    "recipe": self.recipe.to_dict(),
+                    "recipe": self.whole.to_dict(),
+                    "phase": self.phase,
+                    "phase_over": self._phase_over(),
+                    "begun": self.begun,
+                    "spent": self.spent,
                     "data": self.identity,
                     "batches_per_step": self.loader.planner.packing.group,
                     "model": self.method.model.state_dict(),
@@ -477,6 +556,21 @@ class _Training:
             )
         return self.run.load_checkpoint() if exists else None
 
+    def _enter(self, state: dict) -> None:
+        """Begins a phase with what the one before it has learned."""
+        classes, labels = len(self.class_names), {"multi_label": self.multi_label}
+        adapted = adapt_state(state, self.whole, self.phase, classes, **labels)
+        self.method.model.load_state_dict(adapted["model"])
+        if adapted["moments"]:
+            names = parameter_names(self.method, self.recipe)
+            load_moments(self.optimizer, adapted["moments"], names)
+        for name in ("epoch", "step", "tokens", "lr"):
+            setattr(self, name, state[name])
+        self.begun = {name: state[name] for name in self.begun}
+        if self.ranks.is_first:
+            self.run.sweep()
+            self.run.cut_log(state["log_size"])
+
     def _restore(self, state: dict) -> None:
         group = self.loader.planner.packing.group
         if state["batches_per_step"] != group:
@@ -493,7 +587,7 @@ class _Training:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.best = [tuple(entry) for entry in state["best"]]
-        for name in ("epoch", "epoch_step", "step", "tokens", "lr", "over"):
+        for name in ("epoch", "epoch_step", "step", "tokens", "lr", "over", "begun", "spent"):
             setattr(self, name, state[name])
         self.meter.load_state_dict(state["meter"])
         if self.ranks.is_first:
@@ -503,10 +597,38 @@ class _Training:
         torch.set_rng_state(state["rng"])
 
     def _share_done(self, within_epoch: float = 0.0) -> float:
-        """Share of the run that is over, by epochs or by tokens, whichever is nearer its end."""
-        limit = self.config.max_tokens
-        by_tokens = self.tokens / limit if limit else 0.0
-        return min(1.0, max((self.epoch + within_epoch) / self.config.epochs, by_tokens))
+        """Share of the phase that is over, by whichever limit is nearest."""
+        config, begun = self.config, self.begun
+        done = [(self.epoch - begun["epoch"] + within_epoch) / config.epochs]
+        if config.max_steps:
+            done.append((self.step - begun["step"]) / config.max_steps)
+        if config.max_tokens:
+            done.append((self.tokens - begun["tokens"]) / config.max_tokens)
+        return min(1.0, max(done))
+
+    def _phase_over(self) -> bool:
+        """Whether the phase's last epoch is over; one that is under way is finished first."""
+        return not self.epoch_step and (self.over or self._share_done() >= 1)
+
+    def _describe_phase(self) -> str:
+        phase = phases_of(self.whole)[self.phase]
+        text = f"phase {self.phase + 1} of {len(self.whole.phases)}"
+        return f"{text}: {phase.compression:g} times coarser in time, by {phase.by}"
+
+    def _log_phase(self, peak_memory_gib: float) -> None:
+        """Writes what the phase has cost."""
+        phase = phases_of(self.whole)[self.phase]
+        record = {"phase": self.phase, "compression": phase.compression, "by": phase.by}
+        record |= {"step": self.step, "epochs": self.epoch - self.begun["epoch"]}
+        record |= {"steps": self.step - self.begun["step"]}
+        record |= {"tokens": self.tokens - self.begun["tokens"]} | self.spent
+        record |= {"flops": self.spent["flops"] or None, "peak_memory_gib": peak_memory_gib}
+        self.log.write("phase", record)
+
+    def _flops(self, batch: Batch) -> float:
+        """Of this rank's part of a step; 0 where the method does not say."""
+        count = getattr(self.method, "flops", None)
+        return float(count(batch)) if count else 0.0
 
     def _check_readable(self) -> None:
         """Stops a run most of whose clips cannot be read."""
@@ -551,6 +673,7 @@ class _Training:
         asks = {
             "train.average='best'": self.config.average == "best",
             "train.patience": self.config.patience is not None,
+            "phases.until": any(phase.until is not None for phase in self.whole.phases),
             "optim.schedule='plateau'": self.recipe.optim.schedule == "plateau",
         }
         for setting, asked in asks.items():
@@ -591,6 +714,7 @@ def check_same_recipe(old: Recipe, new: Recipe, run: RunDirectory) -> None:
         ValueError: naming what differs.
     """
     before, after = old.to_dict(), new.to_dict()
+    phases = before.pop("phases"), after.pop("phases")
     for name in ("mean", "std"):
         if after["frontend"][name] is None:
             after["frontend"][name] = before["frontend"][name]
@@ -600,6 +724,8 @@ def check_same_recipe(old: Recipe, new: Recipe, run: RunDirectory) -> None:
         for name in before[part]
         if before[part][name] != after[part][name] and (part, name) not in FREE_TO_CHANGE
     ]
+    if phases[0] != phases[1]:
+        changed.append(f"phases: {phases[0]} -> {phases[1]}")
     if changed:
         raise ValueError(
             f"{run.path} was started with other settings ({'; '.join(changed)}); "

@@ -29,7 +29,7 @@ class Meter:
         last_loss: of the last step that was pulled.
     """
 
-    _COUNTERS = ("batches", "clips", "tokens", "rows", "audio_seconds", "left_out")
+    _COUNTERS = ("batches", "clips", "tokens", "rows", "audio_seconds", "left_out", "flops")
 
     def __init__(self, device: torch.device, ranks: Ranks) -> None:
         self.device, self.ranks = device, ranks
@@ -56,8 +56,8 @@ class Meter:
                 self._waited += time.perf_counter() - begin
             yield batch
 
-    def count(self, batch: Batch) -> None:
-        """Notes what a batch holds."""
+    def count(self, batch: Batch, flops: float = 0.0) -> None:
+        """Notes what a batch holds, and the FLOPs of its part of a training step."""
         for name, value in (
             ("batches", 1),
             ("clips", batch.num_clips),
@@ -65,6 +65,7 @@ class Meter:
             ("rows", batch.grid.num_rows),
             ("audio_seconds", batch.audio_seconds),
             ("left_out", len(batch.left_out)),
+            ("flops", flops),
         ):
             self._counts[name] += value
 
@@ -123,6 +124,8 @@ class Meter:
             "gradient_norm": self._sums[1] / steps,
             "clips": round(totals["clips"]),
             "left_out": round(totals["left_out"]),
+            "audio_hours": totals["audio_seconds"] / 3600,
+            "flops": totals["flops"] or None,
         } | self.rates()
 
     def totals(self) -> dict[str, float]:

@@ -5,9 +5,11 @@ What is built from them is in :mod:`fastast.train.build`.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+import inspect
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+from fastast.ops import MelPlan
 from fastast.train.optim import OptimConfig
 from fastast.train.settings import check_choices
 
@@ -52,14 +54,57 @@ class DataConfig:
         check_choices(self, "data")
 
 
+FILTERBANK_SETTINGS = (
+    "num_mels",
+    "frame_length_ms",
+    "frame_shift_ms",
+    "low_freq",
+    "high_freq",
+    "window_type",
+    "preemphasis",
+    "remove_dc_offset",
+    "snip_edges",
+    "use_power",
+    "dither",
+)
+"""What a recipe can say about a preset."""
+
+
+def preset_defaults(preset: str) -> dict[str, Any]:
+    """The settings of a filterbank's preset, as a recipe names them, and what they are there."""
+    parameters = inspect.signature(getattr(MelPlan, preset)).parameters
+    known = {name: parameter.default for name, parameter in parameters.items()}
+    if "window_length" in known:  # in samples
+        known["frame_length_ms"] = 1000 * known.pop("window_length") / known["sample_rate"]
+    return known | {"frame_shift_ms": MelPlan.PRESETS[preset]}
+
+
 @dataclass
 class FrontendConfig:
     """Log-mel spectrograms.
 
+    What is left out is as in the preset, and written out in a :class:`Recipe`. A preset has the
+    settings that its own front end has; ``docs/filterbank.md`` tells more of them.
+
     Args:
-        num_mels: mel bins.
-        frame_length_ms: window of a frame.
-        frame_shift_ms: the finest time resolution.
+        preset: ``kaldi`` (AST, SSAST, Audio-MAE, ASiT, ElasticAST), ``htsat`` (HTS-AT; made for
+            ``data.sample_rate: 32000``) or ``epic_sounds`` (EPIC-SOUNDS; 24000).
+        num_mels: mel bins; of the presets 128, 64 and 128.
+        frame_length_ms: window of a frame; 25, 32 and 10.
+        frame_shift_ms: the finest time resolution; 10, 10 and 5.
+        low_freq: where the lowest mel bin begins, in Hz; 20, 50 and 0.
+        high_freq: where the highest ends, in Hz; counted from half the sample rate if it is 0 or
+            negative. Default: half the sample rate, but 14000 for ``htsat``.
+        window_type: of ``kaldi``: ``hanning`` (the default, as AST), ``povey`` (Kaldi's own),
+            ``hamming``, ``rectangular`` or ``blackman``.
+        preemphasis: of ``kaldi``, from 0 (none) to 1; 0.97.
+        remove_dc_offset: of ``kaldi``: subtract each frame's mean; true.
+        snip_edges: of ``kaldi``: only frames that lie inside the clip (true, as AST); else a frame
+            for every shift, mirrored at the clip's edges.
+        use_power: of ``kaldi``: powers (true), or magnitudes.
+        dither: of ``kaldi``: standard deviation of noise that is added to the samples, which lie in
+            [-1, 1]: Kaldi's 1.0 is 3.05e-5 here. Drawn anew for each clip and epoch; 0.
+        dither_in_evaluation: dither clips in validation, evaluation and prediction too.
         compression: factors C on the frame shift; in training each clip draws one anew in each
             epoch (ElasticAST, section 3.4).
         mean, std: of the log-mel values, for ``(x - mean) / (2 std)``. Default: measured on the
@@ -67,13 +112,44 @@ class FrontendConfig:
         fixed_seconds: cut and pad all clips to this length, for models of fixed input size.
     """
 
-    num_mels: int = 128
-    frame_length_ms: float = 25.0
-    frame_shift_ms: float = 10.0
+    preset: Literal["kaldi", "htsat", "epic_sounds"] = "kaldi"
+    num_mels: int | None = None
+    frame_length_ms: float | None = None
+    frame_shift_ms: float | None = None
+    low_freq: float | None = None
+    high_freq: float | None = None
+    window_type: Literal["hanning", "povey", "hamming", "rectangular", "blackman"] | None = None
+    preemphasis: float | None = None
+    remove_dc_offset: bool | None = None
+    snip_edges: bool | None = None
+    use_power: bool | None = None
+    dither: float | None = None
+    dither_in_evaluation: bool = False
     compression: list[float] = field(default_factory=lambda: [1.0])
     mean: float | None = None
     std: float | None = None
     fixed_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choices(self, "frontend")
+        known = preset_defaults(self.preset)
+        for name in FILTERBANK_SETTINGS:
+            if getattr(self, name) is not None and name not in known:
+                having = [preset for preset in MelPlan.PRESETS if name in preset_defaults(preset)]
+                raise ValueError(
+                    f"frontend.{name} is a setting of the preset {' and '.join(having)}, and "
+                    f"frontend.preset is {self.preset}: leave it out, or choose that preset"
+                )
+        for name in ("frame_length_ms", "frame_shift_ms"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"frontend.{name} must be positive, got {value}")
+
+    def complete(self) -> FrontendConfig:
+        """The same with what the preset says about settings that are left out."""
+        known = preset_defaults(self.preset)
+        missing = [name for name in FILTERBANK_SETTINGS if getattr(self, name) is None]
+        return replace(self, **{name: known[name] for name in missing if name in known})
 
 
 @dataclass
@@ -95,6 +171,9 @@ class AugmentConfig:
         noise: most uniform noise added to spectrograms (AST on Speech Commands: 0.1).
         roll_frames: roll the spectrogram by up to this many frames either way.
         token_drop: share of tokens dropped (ElasticAST's code: 0.1; its paper: 0).
+        patch_sizes: of which every step draws one, for models whose patches may have any size
+            (FlexiAST): mel bins and frames, or one number for both. Batches are packed for
+            whichever gives the most tokens. Default: the model's own.
     """
 
     crop_seconds: list[float] | None = None
@@ -108,6 +187,7 @@ class AugmentConfig:
     noise: float = 0.0
     roll_frames: int = 0
     token_drop: float = 0.0
+    patch_sizes: list[int | tuple[int, int]] | None = None
 
     def __post_init__(self) -> None:
         check_choices(self, "augment")
@@ -124,6 +204,13 @@ class ModelConfig:
         dim, depth, num_heads: of the trunk.
         max_time_patches: columns of ElasticAST's time table.
         pool: ElasticAST's pooling, ``attention`` or ``mean``; SSAST's, ``mean`` or ``cls``.
+        input_frames: frames of the clips that the table of positions of FlexiAST and SSAST is made
+            for; it is laid over any others. Where ``frontend.fixed_seconds`` is set, they are that
+            long; SSAST's are by default as long as ``data.max_seconds``.
+        resize: of FlexiAST's kernel, ``pi`` or ``bilinear``.
+        distilled: whether AST and FlexiAST have a distillation token beside the class token.
+        time_pool: frames that are pooled into one before patches are cut.
+        time_pooling: ``average`` or ``max``.
         init: pre-trained weights to start from: a run directory, a ``model.safetensors``, or a
             ``.pth`` as SSAST's authors publish it. Positions are adapted. For SSAST.
     """
@@ -136,7 +223,15 @@ class ModelConfig:
     num_heads: int | None = None
     max_time_patches: int | None = None
     pool: str | None = None
+    input_frames: int | None = None
+    resize: str | None = None
+    distilled: bool | None = None
+    time_pool: int | None = None
+    time_pooling: Literal["average", "max"] | None = None
     init: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choices(self, "model")
 
 
 @dataclass
@@ -163,6 +258,7 @@ class SSASTConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "ssast")
+        self.cluster = tuple(self.cluster)  # YAML has lists
 
 
 @dataclass
@@ -173,6 +269,7 @@ class TrainConfig:
         method: what is learnt: the clips' classes (``supervised``), or, without labels, masked
             patches (``ssast``).
         epochs: passes over the training clips.
+        max_steps: stop after this many optimiser steps, if sooner.
         max_tokens: stop after this many tokens have been seen, if sooner.
         batch_tokens: tokens of a batch at most, on each rank.
         batch_clips: clips of a batch at most.
@@ -207,6 +304,7 @@ class TrainConfig:
 
     method: Literal["supervised", "ssast"] = "supervised"
     epochs: int = 20
+    max_steps: int | None = None
     max_tokens: int | None = None
     batch_tokens: int = 4096
     batch_clips: int = 64
@@ -238,6 +336,10 @@ class TrainConfig:
         for name in ("average_from", "average_best", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_steps", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {value}")
         if self.average == "epochs" and self.average_from > self.epochs:
             raise ValueError(
                 f"train.average_from ({self.average_from}) comes after the last of "
@@ -254,8 +356,62 @@ class TrainConfig:
 
 
 @dataclass
+class PhaseConfig:
+    """A part of a run that sees sound at one time resolution (From Coarse to Fine, section 2).
+
+    Learning rate, schedule, optimiser, averages and early stopping begin anew in each phase, as in
+    the paper; all that ``optim`` and ``train`` say holds for each.
+
+    Args:
+        compression: factor C on the time from one patch to the next; 1 is the recipe as it stands.
+        by: how time is compressed: ``frame_shift`` makes the frame shift C times as long,
+            ``average`` and ``max`` pool C frames into one, and ``patch`` makes patches C times as
+            wide. All but the first need a whole C.
+        epochs: passes over the training clips. Default: ``train.epochs``.
+        steps: end the phase after this many optimiser steps, if sooner.
+        until: end it once the validation ``metric`` is better than this, if sooner; accuracy, mAP
+            and mAUC lie in [0, 1].
+        resize: how patch kernels get the size that this phase has, ``bilinear`` or ``pi``.
+        keep_moments: take the optimiser's running means along, resized as the weights are, which
+            goes beyond the paper. The second moments are resized bilinearly, so that they stay
+            positive.
+        optim: settings of ``optim`` that are others in this phase, such as ``{lr: 1.0e-4}``.
+    """
+
+    compression: float = 1.0
+    by: Literal["frame_shift", "average", "max", "patch"] = "frame_shift"
+    epochs: int | None = None
+    steps: int | None = None
+    until: float | None = None
+    resize: Literal["bilinear", "pi"] = "bilinear"
+    keep_moments: bool = False
+    optim: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_choices(self, "phases")
+        if self.compression <= 0:
+            raise ValueError(f"phases.compression must be positive, got {self.compression}")
+        if self.by != "frame_shift" and (self.compression < 1 or self.compression % 1):
+            raise ValueError(
+                f"phases.compression must be a whole number with by: {self.by}, got "
+                f"{self.compression}"
+            )
+        for name in ("epochs", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"phases.{name} must be at least 1, got {value}")
+        known = {setting.name for setting in fields(OptimConfig)}
+        if unknown := sorted(set(self.optim) - known):
+            raise ValueError(f"phases.optim has no setting {', '.join(unknown)}")
+
+
+@dataclass
 class Recipe:
-    """All settings of a run. See the classes of its fields."""
+    """All settings of a run. See the classes of its fields.
+
+    ``phases`` are worked off one after the other; without any, a run is one phase
+    (:mod:`fastast.train.phases`).
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     frontend: FrontendConfig = field(default_factory=FrontendConfig)
@@ -264,6 +420,10 @@ class Recipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     ssast: SSASTConfig = field(default_factory=SSASTConfig)
+    phases: list[PhaseConfig] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.frontend = self.frontend.complete()
 
     def to_dict(self) -> dict:
         """As plain types, for YAML and JSON."""
@@ -278,15 +438,22 @@ class Recipe:
         """
         parts = {}
         for part in fields(cls):
-            kind = part.default_factory
-            given = dict(settings.get(part.name, {}))
-            known = {setting.name for setting in fields(kind)}
-            if unknown := sorted(set(given) - known):
-                raise ValueError(f"{part.name} has no setting {', '.join(unknown)}")
-            parts[part.name] = kind(**given)
+            if part.name == "phases":
+                phases = settings.get("phases", [])
+                parts["phases"] = [_make(PhaseConfig, phase, "phases") for phase in phases]
+            else:
+                parts[part.name] = _make(
+                    part.default_factory, settings.get(part.name, {}), part.name
+                )
         if unknown := sorted(set(settings) - set(parts)):
             raise ValueError(f"a recipe has no section {', '.join(unknown)}")
         return cls(**parts)
+
+
+def _make(kind: type, given: dict, section: str) -> Any:
+    if unknown := sorted(set(given) - {setting.name for setting in fields(kind)}):
+        raise ValueError(f"{section} has no setting {', '.join(unknown)}")
+    return kind(**given)
 
 
 def _plain(value: Any) -> Any:

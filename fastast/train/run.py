@@ -3,7 +3,7 @@
 ::
 
     config.yaml         the recipe, complete
-    metrics.jsonl       a line every few steps ("kind": "train") and one per epoch ("epoch")
+    metrics.jsonl       a line every few steps ("kind": "train"), one per epoch ("epoch") and phase
     tensorboard/        the same, for TensorBoard
     checkpoint.pt       weights, optimiser and counters, to resume from
     model.safetensors   the weights with the recipe and class names, to use

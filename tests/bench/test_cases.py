@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from bench.cases import mel_filterbank, packed_attention, segment_pool
+from bench import peak
+from bench.cases import mel_filterbank, mel_memory, packed_attention, segment_pool
 from bench.cases.lengths import GPU_LENGTHS, GPU_TOKENS, segment_lengths
 from bench.clock import CpuClock
 from bench.peers import streams
@@ -91,7 +92,7 @@ def test_the_filterbank_s_gpu_peers(in_dtype, out_dtype, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(mel_filterbank, "FEW_CLIPS", 1)
     batch = mel_filterbank.Batch(mel_filterbank._equal(2), in_dtype, out_dtype)
-    rows = measured(partial(mel_filterbank._build, CPU, batch, True), out_dtype)
+    rows = measured(partial(mel_filterbank.build, CPU, batch, True), out_dtype)
     assert list(rows)[:4] == ["fastast", "fastast, portable", "PyTorch", "PyTorch, compiled"]
     for row in list(rows.values())[:4]:
         assert row["error"] < (1e-5 if out_dtype == torch.float32 else 2**-8)
@@ -102,11 +103,45 @@ def test_the_filterbank_s_gpu_peers(in_dtype, out_dtype, monkeypatch):
     )
 
 
+def test_a_ragged_filterbank_is_compared_with_as_many_frames_of_equal_clips():
+    clips = [(3000, 10), (399, 10), (5000, 23), (16000, 40)]
+    rows = measured(partial(mel_filterbank.build, CPU, mel_filterbank.Batch(clips), False))
+    ours = rows["fastast"]
+    assert ours["tokens"] == 17 + 0 + 13 + 25
+    for name, bytes_in in (("equal clips", 4 * sum(n for n, _ in clips)), ("every 10 ms", 0)):
+        row = rows[f"fastast, {name}"]
+        assert row["tokens"] == ours["tokens"] and row["median_ms"] and row["unchecked"]
+        if bytes_in:
+            assert row["bytes"] == pytest.approx(ours["bytes"], rel=0.06)
+        else:
+            assert row["bytes"] < 0.8 * ours["bytes"]
+    plan = mel_filterbank.MelPlan.kaldi()
+    equal = mel_filterbank._equal_clips(55, 4, 160, plan)
+    assert [plan.num_frames(length, 160) for length in equal] == [14, 14, 14, 13]
+    alike = mel_filterbank.Batch([(3000, 10)] * 2)
+    names = measured(partial(mel_filterbank.build, CPU, alike, False))
+    assert "fastast, equal clips" not in names
+
+
+def test_a_clip_s_memory_is_measured_in_processes_of_their_own(monkeypatch):
+    (case, warm) = (case for _, case in find("memory", Settings(CPU), "mel_filterbank"))
+    assert not list(find("memory", Settings(GPU), "mel_filterbank"))
+    work = warm.build()
+    assert all(each.step is None and each.peak_bytes for each in work.contenders)
+    names = [each.name for each in work.contenders]
+    assert names[:2] == ["fastast", "fastast, portable"]
+    little, whole = mel_memory.steps("fastast")
+    assert little().shape == (8, 128) and whole().shape == (998, 128)
+    monkeypatch.setattr(peak, "PROCESSES", 1)
+    # The frames are 0.5 MiB, of which the system may not count all.
+    assert 0 < work.contenders[0].peak_bytes() < 2**22
+
+
 def test_the_filterbank_s_reference_takes_some_clips_at_a_time(monkeypatch):
     batch = mel_filterbank.Batch([(3000, 10), (399, 10), (5000, 23), (800, 15)])
-    whole = mel_filterbank._build(CPU, batch, False).expected(torch.float64)["out"]
+    whole = mel_filterbank.build(CPU, batch, False).expected(torch.float64)["out"]
     monkeypatch.setattr(mel_filterbank, "REFERENCE_CLIPS", 3)
-    parts = mel_filterbank._build(CPU, batch, False).expected(torch.float64)["out"]
+    parts = mel_filterbank.build(CPU, batch, False).expected(torch.float64)["out"]
     torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-10)
 
 

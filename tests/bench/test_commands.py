@@ -63,7 +63,8 @@ def test_list_measures_nothing(tmp_path, capsys):
     assert main(["e2e", "memory", "--list", "--device", "cpu", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "e2e/elastic_ast mixed resolutions, 12 clips [tiny, float32]"
-    assert len(lines) == 3
+    assert len(lines) == 5
+    assert "memory/mel_filterbank one clip of 10 s, warm [tiny, float32]" in lines
     assert not list(tmp_path.iterdir())
 
 
@@ -109,6 +110,15 @@ esac
     sanitizer = tools / "compute-sanitizer"
     sanitizer.write_text('#!/bin/sh\nwhile [ "${1##*/}" != python ]; do shift; done\nexec "$@"\n')
     sanitizer.chmod(0o755)
+    profiler = tools / "ncu"
+    profiler.write_text(
+        """#!/bin/bash
+[[ $1 == --import ]] && { echo "Duration us 12"; exit; }
+while [[ ${1##*/} != python ]]; do [[ $1 == -o ]] && echo counters > "$2.ncu-rep"; shift; done
+exec "$@"
+"""
+    )
+    profiler.chmod(0o755)
 
     def run(*stages: str) -> tuple[int, str, dict]:
         done = subprocess.run(
@@ -131,7 +141,8 @@ esac
 def test_a_stage_that_fails_is_recorded_and_the_rest_go_on(gpu_run):
     code, printed, record = gpu_run()
     assert code == 1
-    assert list(record) == [*("build", "import", "tests", "ops", "e2e", "memory", "sanitizer")]
+    measured = ["ops", "e2e", "memory", "sanitizer", "profile", "launches"]
+    assert list(record) == ["build", "import", "tests", *measured]
     status = {stage: entry["status"] for stage, entry in record.items()}
     assert status.pop("import") == "failed"
     assert status.pop("tests") in ("ok", "nothing to do")
@@ -148,6 +159,16 @@ def test_a_sanitizer_that_a_machine_refuses_is_nothing_to_do(gpu_run, tmp_path):
     entry = gpu_run("sanitizer")[2]["sanitizer"]
     assert entry["status"] == "nothing to do"
     assert "no debugger" in entry["log"] and "does not run here" in entry["log"]
+
+
+def test_a_profile_is_kept_where_counters_can_be_read(gpu_run, tmp_path):
+    assert gpu_run("profile")[2]["profile"]["status"] == "ok"
+    assert (tmp_path / "ran").read_text() == "-m bench.profile\n"
+    (page,) = (tmp_path / "out").glob("*/profile.txt")
+    assert page.read_text() == "Duration us 12\n"
+    (tmp_path / "tools" / "ncu").write_text("#!/bin/sh\necho no counters; exit 1\n")
+    entry = gpu_run("profile")[2]["profile"]
+    assert entry["status"] == "nothing to do" and "no counters" in entry["log"]
 
 
 def test_an_unknown_stage_is_refused(gpu_run):

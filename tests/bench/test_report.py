@@ -51,6 +51,13 @@ def test_every_table_names_machine_versions_commit_and_date(tmp_path):
     assert "- **padded**: why padded" in page
 
 
+def test_how_busy_the_machine_was_is_said_where_it_is_known(tmp_path):
+    machine = run()["machine"] | {"load": 0.3}
+    rows = [row("length 16, forward", "fastast", **timed(2.0))]
+    results.merge(tmp_path / "cpu" / "ops.json", rows, run(machine=machine))
+    assert "A CPU, 8 cores, 4 threads, load 0.3 before; python" in report.render(tmp_path)
+
+
 def on_gpu(case: str, contender: str, median: float | None, ours: float = 2.0, **fields) -> dict:
     """A row of a GPU's table; ``ours`` is our median of the case."""
     numbers = (
@@ -105,6 +112,30 @@ def test_a_peer_that_is_wrong_everywhere_is_named_once(tmp_path):
         rows += [row(case, "fastast", **timed(1.0)), row(case, "peer", disagrees="off by 1")]
     results.merge(tmp_path / "cpu" / "ops.json", rows, run())
     assert "- peer, all cases: DISAGREES: off by 1" in report.render(tmp_path)
+
+
+def test_clips_per_second_and_core_where_the_threads_are_known(tmp_path):
+    rows = []
+    for threads in (1, 2):
+        shapes = {"shapes": {"clips": 8, "threads": threads}, "benchmark": "ops/mel_filterbank"}
+        rows.append(row(f"clips, {threads} threads", "fastast", **timed(4.0 / threads), **shapes))
+    results.merge(tmp_path / "cpu" / "ops.json", rows, run())
+    page = report.render(tmp_path)
+    assert "| clips / s | clips / s / core |" in page
+    assert "| 2,000 | 2,000 |" in page and "| 4,000 | 2,000 |" in page
+
+
+def test_the_peak_of_a_process_has_a_column(tmp_path):
+    rows = [
+        row("one clip", "fastast", peak_bytes=2**20),
+        row("one clip", "peer", peak_bytes=2**24, ours_over_this={"peak_bytes": 1 / 16}),
+    ]
+    for each in rows:
+        each["benchmark"] = "memory/mel_filterbank"
+    results.merge(tmp_path / "cpu" / "memory.json", rows, run())
+    page = report.render(tmp_path)
+    assert "## Memory" in page and "| case | contender | peak, MiB | / ours |" in page
+    assert "| one clip | peer | 16 | 16.00 |" in page
 
 
 def test_clips_per_second_and_kept_bytes_have_columns_where_known(tmp_path):

@@ -1,5 +1,9 @@
 """The compiled filterbank as torch's operator, against the operator in terms of PyTorch's own."""
 
+import re
+import shutil
+import subprocess
+
 import pytest
 import torch
 
@@ -65,6 +69,22 @@ def test_what_was_built_is_loaded():
     assert _native.status()["cpu"] == "loaded"
     if (_native.FOLDER / "_mel_cuda.so").exists() and torch.version.cuda:
         assert _native.status()["cuda"] == "loaded"
+
+
+@pytest.mark.parametrize("file", ["_mel_cpu.so", "_mel_cuda.so"])
+def test_of_torch_only_the_stable_interface_is_used(file):
+    """Functions in C alone, which later versions of torch keep."""
+    path = _native.FOLDER / file
+    if not path.exists():
+        pytest.skip(f"{file} was not built")
+    if shutil.which("nm") is None:
+        pytest.skip("no nm to list symbols with")
+    listing = ["nm", "--dynamic", "--undefined-only", "--format=posix", str(path)]
+    done = subprocess.run(listing, capture_output=True, text=True, check=True)
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in names)
+    # In mangled names a namespace is preceded by its length.
+    assert not [name for name in names if re.search(r"^_Z.*(2at|3c10|4cuda|5torch)", name)]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 from fastast import TokenBudget
 from fastast.data import BatchBudget, Clip, collate
 from fastast.nn.mel_filterbank import MelFilterbank
-from fastast.ops.mel_filterbank import frame_counts
+from fastast.ops import Framing, Padding
 from fastast.tokens import PatchGeometry, patchify, random_keep
 from tests.data.helpers import RATE, tensors
 
 WINDOW = 200
+FRAMING = Framing(WINDOW)
 GEOMETRY = PatchGeometry(num_mels=64, patch_size=(16, 8), prefix=1)
 
 
@@ -22,7 +23,7 @@ def clip(samples, clip_id=0, frame_shift=80, keep=None):
 
 
 def pack(clips, geometry=GEOMETRY, **kwargs):
-    return collate(clips, geometry, window=WINDOW, sample_rate=RATE, **kwargs)
+    return collate(clips, geometry, **({"framing": FRAMING, "sample_rate": RATE} | kwargs))
 
 
 def test_clips_lie_end_to_end():
@@ -64,7 +65,7 @@ def test_fixed_shapes():
     budget = BatchBudget.for_tokens(
         TokenBudget(tokens=128, clips=6, max_length=64),
         GEOMETRY,
-        window=WINDOW,
+        framing=FRAMING,
         max_frame_shift=160,
     )
     shapes = set()
@@ -93,7 +94,7 @@ def test_filterbank_and_patches_follow_the_tables():
     assert filterbank.plan.window_length == WINDOW
     clips = [clip(4000, 5), clip(300, 2), clip(6000, 7, frame_shift=160)]
     budget = BatchBudget.for_tokens(
-        TokenBudget(80, 5, 64), GEOMETRY, window=WINDOW, max_frame_shift=160
+        TokenBudget(80, 5, 64), GEOMETRY, framing=FRAMING, max_frame_shift=160
     )
     batch = pack(clips, budget=budget)
     packed = filterbank(
@@ -110,13 +111,65 @@ def test_filterbank_and_patches_follow_the_tables():
     assert not tokens[rows[3] :].any()
 
 
+FILTERBANKS = {
+    "kaldi": MelFilterbank(RATE, 64),
+    "mirrored": MelFilterbank(RATE, 64, snip_edges=False),
+    "htsat": MelFilterbank(RATE, preset="htsat", window_length=256, high_freq=0.0),
+    "epic_sounds": MelFilterbank(RATE, 64, preset="epic_sounds", fft_size=256),
+}
+
+
+@pytest.mark.parametrize("dense_frames", [None, 20])
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("name", FILTERBANKS)
+def test_batches_have_the_frames_that_the_filterbank_makes(name, fixed, dense_frames):
+    """Of any padding, at every length about which a formula may err, for every frame shift."""
+    filterbank = FILTERBANKS[name]
+    framing = filterbank.plan.framing
+    window = framing.window_length
+    for shift in (7, 80, 96, 320):
+        lengths = [0, 1, 2, window // 2, window - 1, window, window + 1, 8 * shift - 1, 8 * shift]
+        lengths += [8 * shift + 1, 8 * shift + window - 1, 8 * shift + window]
+        if dense_frames:  # the planner cuts longer ones
+            most = int(framing.least_samples(dense_frames, shift))
+            lengths = [min(length, most) for length in [*lengths, most - 1, most]]
+        clips = [clip(length, number, shift) for number, length in enumerate(lengths)]
+        budget = None
+        if fixed and dense_frames:
+            tokens = TokenBudget(len(clips) * 9, len(clips), 9)
+            budget = BatchBudget.for_dense(
+                tokens, dense_frames, framing=framing, max_frame_shift=shift
+            )
+        elif fixed:
+            budget = BatchBudget.for_tokens(
+                TokenBudget(2000, len(clips), 400),
+                GEOMETRY,
+                framing=framing,
+                max_frame_shift=shift,
+            )
+        batch = pack(clips, framing=framing, budget=budget, dense_frames=dense_frames)
+        offsets = batch.sample_offsets.tolist()
+        waveforms = [batch.waveforms[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        made = filterbank(waveforms, frame_shift=shift).segments.lengths
+        assert torch.equal(batch.frames.lengths, made)
+        assert made.min() == (1 if dense_frames else 8)
+        for waveform, length in zip(waveforms, lengths, strict=True):
+            assert len(waveform) >= length
+            if len(waveform) > length:  # what was extended has not a frame too many
+                assert framing.num_frames(len(waveform) - 1, shift) < made.min()
+        packed = filterbank(
+            batch.waveforms, batch.sample_offsets, batch.frame_shift, batch.frames, batch.frame_rows
+        )
+        assert packed.frames.isfinite().all()
+
+
 @pytest.mark.parametrize("fixed", [False, True])
 def test_dense_frames(fixed):
     """The grid lists the patches of [S, T, num_mels]; the frame stream is not padded."""
     budget = None
     if fixed:
         budget = BatchBudget.for_dense(
-            TokenBudget(4 * 13, 4, 13), 30, window=WINDOW, max_frame_shift=80
+            TokenBudget(4 * 13, 4, 13), 30, framing=FRAMING, max_frame_shift=80
         )
     keep = np.array([0, 1, 5])
     clips = [clip(2520), clip(1000, keep=keep), clip(10)]
@@ -138,36 +191,40 @@ def test_dense_frames(fixed):
     drop=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
     step=st.sampled_from([5, 8, 11]),
     prefix=st.integers(0, 2),
+    padding=st.sampled_from(Padding),
+    pool=st.sampled_from([1, 1, 3]),
 )
-def test_budget_holds_whatever_fits_its_tokens(lengths, shifts, drop, step, prefix):
-    geometry = PatchGeometry(64, (16, 8), (10, step), prefix)
+def test_budget_holds_whatever_fits_its_tokens(lengths, shifts, drop, step, prefix, padding, pool):
+    geometry = PatchGeometry(64, (16, 8), (10, step), prefix, time_pool=pool)
+    framing = Framing(WINDOW, padding)
     clips = []
     for index, (samples, shift) in enumerate(zip(lengths, shifts, strict=False)):
-        frames = int(frame_counts(max(samples, 7 * shift + WINDOW), WINDOW, shift))
+        least = int(framing.least_samples(geometry.min_frames(), shift))
+        frames = int(framing.num_frames(max(samples, least), shift))
         patches = geometry.freq_patches * geometry.time_patches(frames)
         keep = random_keep([patches], drop, 0, 0, [index])[0] if drop else None
         clips.append(clip(samples, index, shift, keep))
-    exact = pack(clips, geometry)
+    exact = pack(clips, geometry, framing=framing)
     tokens = exact.grid.segments.lengths
     budget = BatchBudget.for_tokens(
         TokenBudget(int(tokens.sum()), len(clips), int(tokens.max())),
         geometry,
-        window=WINDOW,
+        framing=framing,
         max_frame_shift=max(shifts[: len(clips)]),
         token_drop=drop,
     )
-    batch = pack(clips, geometry, budget=budget)  # raises if a stream does not fit
+    batch = pack(clips, geometry, framing=framing, budget=budget)  # raises if a stream does not fit
     assert torch.equal(batch.grid.first_frame, exact.grid.first_frame)
     if not drop:  # nothing but the frames after each clip's last patch is spare
         spare = budget.frames.tokens - int(exact.frames.lengths.sum())
-        assert spare <= len(clips) * (7 + step)
+        assert spare <= len(clips) * (8 * pool - 1 + step * pool)
 
 
 def test_errors():
     with pytest.raises(ValueError, match="clips is empty"):
         pack([])
     budget = BatchBudget.for_tokens(
-        TokenBudget(40, 2, 40), GEOMETRY, window=WINDOW, max_frame_shift=80
+        TokenBudget(40, 2, 40), GEOMETRY, framing=FRAMING, max_frame_shift=80
     )
     with pytest.raises(ValueError, match="samples but the budget allows"):
         pack([clip(20000), clip(20000)], budget=budget)

@@ -21,6 +21,7 @@ from fastast.data import (
     Sampler,
     mixed_frame_shifts,
 )
+from fastast.ops import Framing, Padding
 from fastast.tokens import PatchGeometry
 from tests.data.helpers import RATE, tensors
 
@@ -34,7 +35,7 @@ DELIVERY = ("rank", "fixed_shapes", "workers", "prefetch", "pin_memory", "bad_fi
 
 def make(dataset, **kwargs):
     delivery = {name: kwargs.pop(name) for name in DELIVERY if name in kwargs}
-    kwargs = {"budget": TokenBudget(200, 8, 64), "window": WINDOW} | kwargs
+    kwargs = {"budget": TokenBudget(200, 8, 64), "framing": Framing(WINDOW)} | kwargs
     return PackedLoader(Planner(dataset, GEOMETRY, **kwargs), **delivery)
 
 
@@ -242,10 +243,11 @@ LEAVING = """
 import gc, sys
 from fastast import TokenBudget
 from fastast.data import AudioDataset, PackedLoader, Planner
+from fastast.ops import Framing
 from fastast.tokens import PatchGeometry
 
 data, geometry = AudioDataset.from_folder(sys.argv[1], 8000), PatchGeometry(64, (16, 8))
-planner = Planner(data, geometry, budget=TokenBudget(200, 8, 64), window=200)
+planner = Planner(data, geometry, budget=TokenBudget(200, 8, 64), framing=Framing(200))
 loader = PackedLoader(planner, workers=int(sys.argv[2]))
 batches = loader.epoch(0)
 next(batches)
@@ -434,6 +436,29 @@ def test_dense_frames(tones, fixed_shapes, token_drop):
         assert batch.grid.first_frame.max() < 48 * clips
 
 
+@pytest.mark.parametrize("dense_frames", [None, 48])
+@pytest.mark.parametrize("padding", Padding)
+def test_batches_are_as_planned(tones, padding, dense_frames):
+    """Planner, budget and batches count frames by the filterbank's own rule."""
+    shifts = [10.0] if dense_frames else MIXED
+    loader = make(
+        tones,
+        framing=Framing(WINDOW, padding),
+        frame_shift_ms=shifts,
+        dense_frames=dense_frames,
+        fixed_shapes=True,
+        budget=TokenBudget(200, 8, 72),
+    )
+    plan = loader.planner.plan(0)
+    tokens = dict(zip(plan.keys.tolist(), plan.tokens.tolist(), strict=True))
+    seen = 0
+    for batch in loader.epoch(0):
+        lengths = batch.grid.segments.lengths[: batch.num_clips].tolist()
+        assert lengths == [tokens[clip] for clip in batch.clip_ids[: batch.num_clips].tolist()]
+        seen += batch.num_clips
+    assert seen == 40
+
+
 def test_plan_reads_no_file(tones):
     loader = make(tones)
     for path in tones.paths:
@@ -485,7 +510,6 @@ def test_arguments_are_checked(tones):
     with pytest.raises(ValueError, match=f"{longest} has .* tokens but the budget allows 8"):
         make(tones, budget=TokenBudget(200, 8, 8))
     for wrong, message in (
-        ({"window": 0}, "window"),
         ({"token_drop": 1.0}, "token_drop"),
         ({"max_seconds": 0.0}, "max_seconds"),
         ({"dense_frames": 7}, "less than a patch"),

@@ -16,6 +16,7 @@ from fastast.frontend import (
     roll_frames,
     spec_augment,
 )
+from fastast.ops import Framing, dither_keys
 from fastast.segments import Segments, Spectrograms, TokenBudget
 from fastast.tokens import PatchGeometry
 from tests.frontend.helpers import compiles_once, same_in_every_batch
@@ -41,6 +42,12 @@ def test_pad_or_cut_does_not_read_dead_rows():
     assert dense[2:].eq(0).all()
 
 
+FRAMING = Framing(400)
+
+
+FRAMING = Framing(400)
+
+
 def clips_of(*numbers):
     """Clips with a partner each but the first; noise that depends on the number alone."""
     clips = []
@@ -55,12 +62,12 @@ def clips_of(*numbers):
     return clips
 
 
-def batch_of(*numbers, epoch=3, mixing=True, budget=None, dense_frames=None):
+def batch_of(*numbers, epoch=3, mixing=True, budget=None, dense_frames=None, framing=FRAMING):
     geometry = PatchGeometry(num_mels=128, patch_size=(16, 16))
     return collate(
         clips_of(*numbers),
         geometry,
-        window=400,
+        framing=framing,
         sample_rate=16000,
         epoch=epoch,
         mixing=mixing,
@@ -140,14 +147,64 @@ def test_a_clip_comes_out_the_same_in_every_batch():
         assert not torch.equal(a, b)
 
 
+DITHERED = {
+    "kaldi": MelFilterbank(mean=-4.0, std=4.5, dither=1e-3),
+    "mirrored": MelFilterbank(mean=-4.0, std=4.5, dither=1e-3, snip_edges=False),
+}
+
+
+def test_dither_is_drawn_from_seed_epoch_and_clip():
+    filterbank, batch = DITHERED["kaldi"], batch_of(5, 2, mixing=False)
+    for seed in (0, 7):
+        expected = filterbank(
+            batch.waveforms,
+            batch.sample_offsets,
+            batch.frame_shift,
+            dither_keys=dither_keys(seed, 3, torch.tensor([5, 2])),
+        )
+        actual = MelFrontend(filterbank, seed=seed)(batch)
+        assert torch.equal(actual.frames, expected.frames)
+
+
+@pytest.mark.parametrize("name", DITHERED)
+def test_a_dithered_clip_comes_out_the_same_in_every_batch(name):
+    frontend = MelFrontend(DITHERED[name], **SETTINGS)
+    framing = DITHERED[name].plan.framing
+
+    def batch(order, padded):
+        made = batch_of(*order, budget=BUDGET if padded else None, framing=framing)
+        return frontend(made).unpack()[: len(order)]
+
+    same_in_every_batch(batch, 4)
+    now, later = (
+        MelFrontend(DITHERED[name])(batch_of(0, 1, epoch=epoch, framing=framing)).unpack()
+        for epoch in (3, 4)
+    )
+    for a, b in zip(now, later, strict=True):
+        assert not torch.equal(a, b)
+
+
+def test_evaluation_is_dithered_only_if_asked():
+    batch, plain = batch_of(0, 1, mixing=False), MelFrontend(FILTERBANK)
+    frontend = MelFrontend(DITHERED["kaldi"])
+    training = frontend(batch).frames
+    assert torch.equal(frontend.eval()(batch).frames, plain(batch).frames)
+    asked = MelFrontend(DITHERED["kaldi"], dither_in_evaluation=True)
+    for module in (asked, asked.eval()):
+        assert torch.equal(module(batch).frames, training)
+    assert not torch.equal(training, plain(batch).frames)
+
+
 def test_dense_batches_are_augmented_alike():
     frontend = MelFrontend(FILTERBANK, **SETTINGS)
     dense = frontend(batch_of(0, 1, 2, dense_frames=40))
     assert torch.equal(dense, pad_or_cut(frontend(batch_of(0, 1, 2)), 40, frontend.fill))
 
 
-def test_compiles_once():
-    frontend = MelFrontend(FILTERBANK, **SETTINGS)
+@pytest.mark.parametrize("filterbank", [FILTERBANK, DITHERED["kaldi"]])
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_once(filterbank, training):
+    frontend = MelFrontend(filterbank, **SETTINGS).train(training)
     batches = [batch_of(turn, 5, epoch=turn, budget=BUDGET) for turn in range(4)]
     # What is for logs alone takes many values, and must not be looked at.
     assert len({batch.audio_seconds for batch in batches}) == 4

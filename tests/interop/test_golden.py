@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastast import Spectrograms, from_reference
-from tests.testing import Golden, formula_input
+from tests.testing import Golden, formula, formula_input, formula_weight
 
 
 @pytest.fixture
@@ -53,6 +53,40 @@ def test_elastic_ast(golden, name, pool, dtype):
         fixture.check(f"logits_limit{limit}", logits)
     alone = torch.cat([model(clip[None]) for clip in clips])
     fixture.check(f"logits_limit{limits[0]}", alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@torch.inference_mode()
+def test_flexi_ast(golden, dtype):
+    fixture = golden("flexi_fwd_vitb_t1024_c309_b1")
+    weights = fixture.state_dict(dtype)
+    for key, shape in fixture.entry["state_dict_stale"]:  # of the model that training began from
+        weights[key] = formula_weight("another", shape).to(dtype)
+    model = from_reference(weights, "flexi_ast")
+    batch = formula_input("input", tuple(fixture.entry["input"]["shape"])).to(dtype)
+    stream = Spectrograms.from_list(list(batch))
+    for side in fixture.entry["patch_sizes"]:
+        size = (side, side)
+        grid = model.geometry_of(size).grid(stream.segments)
+        fixture.check(f"logits_p{side}", model(batch, patch_size=size))
+        if dtype == torch.float32:
+            tokens = model.tokens(stream.frames, grid)
+            check_tokens(fixture, f"tokens_posadd_p{side}", tokens)
+            features, _ = model.forward_features(stream, grid)
+            check_tokens(fixture, f"tokens_norm_p{side}", features)
+            fixture.check(f"logits_p{side}", model.head(model.embed(stream, grid)))
+    bilinear = from_reference(weights, "flexi_ast", {"resize": "bilinear"})
+    fixture.check("logits_bl_p24", bilinear(batch, patch_size=(24, 24)))
+
+
+def check_tokens(fixture, name, tokens):
+    """Compares tokens ``[rows, dim]`` with what is stored of them."""
+    fixture.check(f"{name}_first4", tokens[None, :4])
+    wide = tokens.double()
+    probe = torch.from_numpy(50 * formula("probe", tokens.shape[1]))
+    summaries = {"mean": wide.mean(1), "std": wide.std(1, correction=0), "probe": wide @ probe}
+    for part, value in summaries.items():
+        fixture.check_summary(f"{name}_{part}", value)
 
 
 def test_wrong_family_says_so(golden):

@@ -11,6 +11,7 @@ from fastast import (
     AST,
     SSAST,
     ElasticAST,
+    FlexiAST,
     Segments,
     Spectrograms,
     SSASTPretraining,
@@ -32,6 +33,7 @@ MODELS = {
     "ast": lambda: AST(CLASSES, input_frames=40, stride=(4, 3), **SIZE),
     "ssast-mean": lambda: SSAST(CLASSES, input_frames=40, stride=(4, 3), **SIZE),
     "ssast-cls": lambda: SSAST(CLASSES, input_frames=40, stride=(4, 4), pool="cls", **SIZE),
+    "flexi": lambda: FlexiAST(CLASSES, input_frames=40, **SIZE),
 }
 
 
@@ -190,11 +192,14 @@ def test_clips_too_short_for_a_token(model, lengths):
             torch.testing.assert_close(row, model(clip[None])[0], rtol=1e-9, atol=1e-9)
 
 
+KINDS = {"ast_tiny": AST, "elastic_ast_tiny": ElasticAST, "flexi_ast_tiny": FlexiAST}
+
+
 def test_models_by_name():
     assert list_models() == sorted(list_models())
     assert {"ast_tiny", "ast_small", "ast_base"} <= set(list_models("ast_*"))
     assert all(name.startswith("elastic_ast_") for name in list_models("elastic_*"))
-    for name, kind in (("ast_tiny", AST), ("elastic_ast_tiny", ElasticAST)):
+    for name, kind in KINDS.items():
         model = create_model(name, num_classes=7, depth=1, num_mels=32)
         assert isinstance(model, kind)
         assert len(model.trunk.blocks) == 1 and model.head.out_features == 7
@@ -228,6 +233,7 @@ def test_ssast_by_name(size):
         (lambda: AST(5, dim=25, num_heads=2, depth=1), r"dim \(25\).*num_heads \(2\)"),
         (lambda: AST(5, input_frames=15), r"input_frames \(15\) is shorter than a patch \(16"),
         (lambda: AST(5, num_mels=8), r"exceeds num_mels \(8\)"),
+        (lambda: FlexiAST(5, resize="area"), "resize must be 'pi' or 'bilinear', got 'area'"),
     ],
 )
 def test_wrong_models_say_so(build, message):

@@ -109,6 +109,11 @@ def test_dither(clips):
     assert not torch.equal(noisy.frames, MelFilterbank()(clips).frames)
     with pytest.raises(ValueError, match="drawn from dither_keys"):
         filterbank(clips)
+    # In evaluation mode keys are optional, and there is no noise without them.
+    filterbank.eval()
+    assert torch.equal(filterbank(clips).frames, MelFilterbank()(clips).frames)
+    assert torch.equal(filterbank(clips[2][None])[0], MelFilterbank()(clips[2][None])[0])
+    assert torch.equal(filterbank(clips, dither_keys=keys).frames, noisy.frames)
 
 
 def test_a_gradient_reaches_the_waveforms(clips):

@@ -23,10 +23,10 @@ from fastast.ops.mel_filterbank import (
     mel_filterbank_reference,
     portable_mel_filterbank,
 )
-from fastast.ops.mel_plan import ENERGY_FLOOR
+from fastast.ops.mel_plan import ENERGY_FLOOR, WINDOWS
 from fastast.segments import Segments, TokenBudget
 from tests.ops import mel_oracle
-from tests.testing import formula, poisoned_memory
+from tests.testing import formula, poisoned_memory, rms
 
 kaldi = pytest.importorskip("torchaudio.compliance.kaldi")
 
@@ -202,6 +202,39 @@ def test_any_shapes_shifts_and_dtypes(name, geometry, dtype, spare, seed):
     assert_energies_close(ours[: len(expected)], expected, PLANS[name])
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1000, 96000),
+    st.integers(1, 128),
+    st.floats(4.0, 50.0),
+    st.lists(st.tuples(st.integers(0, 2000), st.integers(1, 900)), min_size=1, max_size=3),
+    st.fixed_dictionaries(
+        {
+            "window_type": st.sampled_from(WINDOWS),
+            "snip_edges": st.booleans(),
+            "remove_dc_offset": st.booleans(),
+            "use_power": st.booleans(),
+            "preemphasis": st.floats(0.0, 1.0),
+        }
+    ),
+)
+def test_any_rate_and_setting(sample_rate, num_mels, frame_length_ms, geometry, options):
+    window = int(sample_rate * frame_length_ms * 0.001)
+    num_mels = min(num_mels, max(1, window // 2))
+    plan = MelPlan.kaldi(
+        sample_rate, num_mels, frame_length_ms=frame_length_ms, low_freq=0.0, **options
+    )
+    lengths, shifts = zip(*[(n, max(h, n // 20, 1)) for n, h in geometry], strict=True)
+    args = arguments(noise(*lengths), shifts, plan)
+    truth, ours = mel_filterbank_reference(*args), mel_filterbank(*args)
+    assert ours.shape == truth.shape
+    assert_energies_close(ours, truth, plan)
+    for length, hop, frames in zip(lengths, shifts, args[3].lengths.tolist(), strict=True):
+        if length >= window:
+            theirs = kaldi._get_strided(torch.empty(length), window, hop, options["snip_edges"])
+            assert frames == len(theirs)
+
+
 @pytest.mark.parametrize("case", ["htsat_audioset_1024frames", "htsat_audioset_10s"])
 def test_htsat_equals_the_published_front_end(case, shared_dir):
     folder = shared_dir / "fixtures/ssl_family"
@@ -270,6 +303,50 @@ SINE = torch.sin(2 * math.pi * 1000 / 16000 * torch.arange(8000, dtype=torch.flo
 def test_tonal_clips(clip):
     args = arguments([clip], 160)
     assert_energies_close(mel_filterbank(*args), mel_filterbank_reference(*args))
+
+
+def sine(hertz: float, level: float) -> Tensor:
+    """Ten seconds; in the scale of int16, of whole numbers."""
+    time = torch.arange(160000, dtype=torch.float64) / 16000
+    samples = level * torch.sin(2 * math.pi * hertz * time)
+    return (samples.round() if level > 1 else samples).float()
+
+
+HISS = noise(160000)[0]
+SOUNDS = {
+    "noise": (HISS, 16000, 128),
+    "noise in int16's range": (HISS * 2**15, 16000, 128),
+    "silence": (torch.zeros(16000), 16000, 128),
+    "DC 0.5": (torch.full((16000,), 0.5), 16000, 128),
+    "DC 0.3": (torch.full((16000,), 0.3), 16000, 128),
+    "DC in int16's range": (torch.full((16000,), 9830.4), 16000, 128),
+    "sine of 1 kHz": (sine(1000, 1.0), 16000, 128),
+    "sine of 440 Hz in int16's range": (sine(440, 32767.0), 16000, 128),
+    "noise on DC in int16's range": (HISS * 2**15 + 10000, 16000, 128),
+    "400 samples": (HISS[:400], 16000, 128),
+    "401 samples": (HISS[:401], 16000, 128),
+    "560 samples": (HISS[:560], 16000, 128),
+    "64 bins": (HISS, 16000, 64),
+    "32 kHz": (HISS, 32000, 128),
+    "32 kHz, 64 bins": (HISS, 32000, 64),
+    "44.1 kHz": (HISS, 44100, 128),
+}
+
+
+@pytest.mark.parametrize("name", SOUNDS)
+def test_at_least_as_accurate_as_torchaudio(name):
+    """In root mean square, of logarithms and of energies; a largest error is a throw of dice."""
+    clip, sample_rate, num_mels = SOUNDS[name]
+    plan = MelPlan.kaldi(sample_rate, num_mels)
+    for frame_shift_ms in range(10, 41, 2) if name == "noise" else (10,):
+        args = arguments([clip], hop_from_ms(frame_shift_ms, sample_rate), plan)
+        truth = mel_filterbank_reference(*args)
+        ours = mel_filterbank(*args).double()
+        theirs = torchaudio_fbank(clip, plan, frame_shift_ms).double()
+        assert rms(ours - truth) <= rms(theirs - truth)
+        top = truth.amax(1, keepdim=True)
+        energies = [(x - top).exp() for x in (ours, theirs, truth)]
+        assert rms(energies[0] - energies[2]) <= rms(energies[1] - energies[2])
 
 
 def test_silence_is_the_floor():

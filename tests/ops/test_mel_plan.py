@@ -8,6 +8,7 @@ import torch
 
 from fastast.ops.mel_plan import (
     WINDOWS,
+    Framing,
     MelPlan,
     Padding,
     frame_counts,
@@ -75,6 +76,34 @@ def test_frame_counts_are_those_of_frames_that_exist(shift):
             assert frame_counts(length, window, shift) == none
             assert frame_counts(length, window, shift, Padding.REFLECT) == centres
             assert frame_counts(length, window, shift, Padding.ZEROS) == centres
+
+
+@pytest.mark.parametrize("padding", Padding)
+@pytest.mark.parametrize("window", [1, 2, 64, 101])
+def test_framing_says_how_many_samples_frames_take(padding, window):
+    framing = Framing(window, padding)
+    lengths = np.arange(700)
+    for shift in (1, 2, 3, 7, 64, 65, 100, 300):
+        counts = framing.num_frames(lengths, shift)
+        assert (counts == [framing.num_frames(int(n), shift) for n in lengths]).all()
+        assert (lengths <= counts * shift + framing.spare_samples(shift)).all()
+        assert framing.spare_samples(shift) <= framing.spare_samples(shift + 1)
+        for frames in range(1, counts.max() + 1):
+            least = framing.least_samples(frames, shift)
+            assert framing.num_frames(least, shift) >= frames > framing.num_frames(least - 1, shift)
+            centred = padding in (Padding.REFLECT, Padding.ZEROS)
+            exact = shift > 1 or frames > 1 or not centred
+            assert (framing.num_frames(least, shift) == frames) == exact
+        shifts = np.full(len(lengths), shift)
+        assert (framing.least_samples(3, shifts) == framing.least_samples(3, shift)).all()
+
+
+def test_framing_of_a_plan():
+    for plan in PLANS.values():
+        assert plan.framing == Framing(plan.window_length, plan.padding)
+        assert plan.framing.num_frames(5000, 77) == plan.num_frames(5000, 77)
+    with pytest.raises(ValueError, match="window_length must be at least 1 sample, got 0"):
+        Framing(0)
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -3,33 +3,77 @@
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from fastast.train import Recipe, build_method
+from fastast.train import Recipe, RunDirectory, build_method, fit
+from fastast.train.phases import adapt_state, phase_recipe
+from fastast.train.recipe_file import read_recipe_file, settings_in
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 FILES = sorted(RECIPES.rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(RECIPES).as_posix())
-def test_recipe_builds(path, tmp_path):
+SETTINGS = [(path, setting) for path in FILES for setting in settings_in(path) or [None]]
+every_recipe = pytest.mark.parametrize(
+    "path, setting",
+    SETTINGS,
+    ids=[
+        "-".join([path.relative_to(RECIPES).as_posix(), *filter(None, [s])]) for path, s in SETTINGS
+    ],
+)
+
+
+def parsed(path, setting):
+    """The recipe as the command line reads it."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser()
     parser.add_argument("--recipe", action="config")
     parser.add_class_arguments(Recipe)
-    options = parser.instantiate(parser.parse_args(["--recipe", str(path)]))
-    recipe = Recipe(**{part.name: options[part.name] for part in fields(Recipe)})
-    given = yaml.safe_load(path.read_text())
+    sections = yaml.safe_dump(read_recipe_file(path, setting), sort_keys=False)
+    options = parser.instantiate(parser.parse_args(["--recipe", sections]))
+    return Recipe(**{part.name: options[part.name] for part in fields(Recipe)})
+
+
+@every_recipe
+def test_recipe_builds(path, setting):
+    recipe = parsed(path, setting)
+    given = read_recipe_file(path, setting)
+    phases = given.pop("phases", [])
     for part, settings in given.items():  # nothing in the file is lost
         for name, value in settings.items():
             assert recipe.to_dict()[part][name] == value
+    for phase, settings in zip(recipe.to_dict()["phases"], phases, strict=True):
+        assert phase == phase | settings
     recipe.frontend.mean, recipe.frontend.std = 0.0, 1.0
-    assert sum(p.numel() for p in build_method(recipe, 3).parameters()) > 0
+    with torch.device("meta"):
+        methods = [
+            build_method(phase_recipe(recipe, number), 3) for number in range(len(phases) or 1)
+        ]
+    state = {"model": methods[0].model.state_dict()}
+    assert sum(value.numel() for value in state["model"].values()) > 0
+    for number, method in enumerate(methods[1:], start=1):
+        state = adapt_state(state, recipe, number, 3)
+        method.model.load_state_dict(state["model"], assign=True)
+
+
+@every_recipe
+def test_recipe_trains(path, setting, tones, tmp_path):
+    """Two steps of each phase, of a small model on a few clips."""
+    recipe = parsed(path, setting)
+    family = recipe.model.name.rpartition("_")[0]
+    recipe.data.kind, recipe.data.root, recipe.data.options = "folder", str(tones), {}
+    recipe.data.validation = 0.2
+    recipe.model = replace(recipe.model, name=f"{family}_tiny", dim=16, depth=1, num_heads=1)
+    recipe.train = replace(recipe.train, max_steps=2, max_tokens=None, batch_clips=2, device="cpu")
+    fit(recipe, tmp_path, quiet=True)
+    phases = RunDirectory(tmp_path).metrics("phase")
+    assert [phase["steps"] for phase in phases] == [2] * (len(recipe.phases) or 1)
 
 
 def test_demo_on_a_folder_of_ones_own(tones, tmp_path):

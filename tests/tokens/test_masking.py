@@ -243,7 +243,7 @@ def test_visible_rows_are_a_keep_list(mask, budget):
     visible, source = grid.visible(rows, segments, num_rows)
     keep = [(~clip.flatten()).nonzero().flatten().numpy() for clip in clips]
     expected = GEOMETRY.grid(FRAMES, budget, keep)
-    for name in ("first_frame", "freq", "time", "clip_width", "prefix_id"):
+    for name in ("first_frame", "freq", "time", "clip_width", "prefix_id", "time_pool"):
         assert torch.equal(getattr(visible, name), getattr(expected, name)), name
     alive = visible.segments.row_mask(num_rows)
     assert torch.equal(grid.freq[source[alive]], visible.freq[alive])

@@ -11,7 +11,7 @@ from fastast.tokens import (
     GridPositions,
     PatchGeometry,
     SinCosPositions,
-    cut_or_resize,
+    resize_positions,
 )
 
 FREQ, TIME, DIM = 3, 8, 6
@@ -109,22 +109,12 @@ def test_an_unknown_way_to_be_short_says_so():
         GridPositions(2, FREQ, TIME, DIM, shorter="last")
 
 
-def test_a_table_is_cut_or_resized():
-    table = randomised(GridPositions(2, FREQ, TIME, DIM)).table.detach()
-    assert torch.equal(cut_or_resize(table, 2, (FREQ, TIME), (FREQ, TIME)), table)
-    image = table[2:].unflatten(0, (FREQ, TIME))
-    cut = cut_or_resize(table, 2, (FREQ, TIME), (2, 5))
-    assert torch.equal(cut, torch.cat([table[:2], image[0:2, 2:7].flatten(0, 1)]))
-    image = image.permute(2, 0, 1)[None]
-    larger = F.interpolate(image, size=(5, 11), mode="bilinear", align_corners=False)
-    actual = cut_or_resize(table, 2, (FREQ, TIME), (5, 11))
-    torch.testing.assert_close(actual[2:], larger[0].flatten(1).T, rtol=1e-12, atol=1e-12)
-
-
 def test_clips_of_another_width_are_as_in_the_adapted_table():
     positions = randomised(GridPositions(2, FREQ, TIME, DIM, shorter="middle"))
     for width in (3, 8, 13):
-        adapted = cut_or_resize(positions.table, 2, (FREQ, TIME), (FREQ, width))
+        adapted = resize_positions(
+            positions.table, (FREQ, TIME), (FREQ, width), prefix=2, shrink="cut"
+        )
         rows = positions(grid_of(PREFIXED, [width]))
         torch.testing.assert_close(rows, adapted, rtol=0, atol=1e-5)
 

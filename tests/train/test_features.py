@@ -7,8 +7,10 @@ import pytest
 import torch
 import torchaudio
 
+from fastast import MelFilterbank
 from fastast.data import LeftOut, read_audio, write_wav
-from fastast.train import Recipe
+from fastast.ops import MelPlan
+from fastast.train import FrontendConfig, Recipe
 from fastast.train.features import extract_features, output_names
 from tests.testing import write_tone
 
@@ -45,6 +47,31 @@ def test_normalises_as_the_recipe_says(tmp_path):
     (raw,) = extract_features([path], recipe_of())
     (normalised,) = extract_features([path], recipe_of(mean=-4.0, std=3.0))
     np.testing.assert_allclose(normalised.frames, (raw.frames + 4) / 6, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", MelPlan.PRESETS)
+def test_equals_the_filterbank_of_any_preset(tmp_path, preset):
+    path, rate = tmp_path / "tone.wav", 32000
+    write_tone(path, 440, 0.3, rate)
+    recipe = replace(recipe_of(), frontend=FrontendConfig(preset=preset))
+    recipe.data.sample_rate = rate
+    (found,) = extract_features([path], recipe)
+    settings = {} if preset == "htsat" else {"sample_rate": rate}
+    expected = MelFilterbank(preset=preset, **settings)([read_audio(path, rate)])
+    np.testing.assert_array_equal(found.frames, expected.frames.numpy())
+
+
+def test_dither_is_drawn_only_if_asked_and_the_same_for_every_file(tmp_path):
+    for name in ("a.wav", "b.wav"):
+        write_tone(tmp_path / name, 440, 0.3)
+    files = [tmp_path / "a.wav", tmp_path / "b.wav"]
+    plain, unasked, asked = (
+        [each.frames for each in extract_features(files, recipe_of(**settings))]
+        for settings in ({}, {"dither": 0.1}, {"dither": 0.1, "dither_in_evaluation": True})
+    )
+    np.testing.assert_array_equal(plain[0], unasked[0])
+    np.testing.assert_array_equal(asked[0], asked[1])
+    assert not np.array_equal(plain[0], asked[0])
 
 
 def test_files_without_features_are_named(tmp_path):

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastast.ops import hop_from_ms
 from fastast.train import (
+    FrontendConfig,
     RunDirectory,
     build_method,
     evaluate_over,
@@ -47,7 +49,85 @@ def test_learns_and_can_be_used(recipe, tmp_path):
     assert short["tokens"] < long["tokens"]
 
 
-def test_resumes_bit_for_bit(recipe, tmp_path):
+PRESETS = {
+    "kaldi": ({"window_type": "povey", "snip_edges": False, "dither": 2.0**-15}, 16000),
+    "htsat": ({}, 32000),
+    "epic_sounds": ({}, 24000),
+}
+
+
+@pytest.mark.parametrize("fixed_seconds", [None, 0.5])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains_and_is_evaluated(recipe, tmp_path, preset, fixed_seconds):
+    settings, rate = PRESETS[preset]
+    recipe.data = replace(recipe.data, sample_rate=rate)
+    recipe.frontend = FrontendConfig(preset=preset, fixed_seconds=fixed_seconds, **settings)
+    if fixed_seconds:
+        recipe.model = replace(recipe.model, name="ast_tiny", stride=(16, 8), max_time_patches=None)
+    else:
+        recipe.frontend.compression = [1.0, 2.0]
+        recipe.model = replace(recipe.model, max_time_patches=24)
+    recipe = with_train(recipe, epochs=1, batch_tokens=4000, batch_clips=16)
+    fit(recipe, tmp_path, quiet=True)
+    (record,) = RunDirectory(tmp_path).metrics("epoch")
+    assert record["step"] == 2 and record["validation_clips"] == 6
+
+    method, loaded, _ = load_model(tmp_path)
+    assert loaded.frontend == replace(
+        recipe.frontend, mean=loaded.frontend.mean, std=loaded.frontend.std
+    )
+    test = load_data(loaded.data).test
+    rows = evaluate_over(method, loaded, test, lengths=[0.3], compression=[1.0, 2.0])
+    assert all(row["clips"] == len(test) for part in rows.values() for row in part)
+    # Tokens are those of the frames that the filterbank makes of each clip.
+    filterbank, shift = method.frontend.filterbank, loaded.frontend.frame_shift_ms
+    for row, factor in zip(rows["compression"], (1.0, 2.0), strict=True):
+        hop = hop_from_ms(factor * shift, rate)
+        frames = filterbank([test.waveform(i) for i in range(len(test))], frame_shift=hop)
+        counts = frames.segments.lengths.tolist()
+        if fixed_seconds:
+            counts = [filterbank.plan.num_frames(int(fixed_seconds * rate), hop)] * len(test)
+        assert row["tokens"] == sum(method.model.geometry.num_tokens(n) for n in counts)
+
+
+def test_statistics_are_those_of_dithered_clips(recipe, tones):
+    """Silence would otherwise be far below all that the model sees in training."""
+    train = load_data(recipe.data).train
+    recipe.frontend.dither = 0.0
+    plain = loop.measure_statistics(recipe, train).frontend
+    recipe.frontend.dither = 0.1
+    dithered = loop.measure_statistics(recipe, train).frontend
+    assert dithered.mean > plain.mean + 0.5
+    recipe.frontend.dither_in_evaluation = True
+    assert loop.measure_statistics(recipe, train).frontend.mean == dithered.mean
+
+
+def test_dither_is_trainings_alone(recipe, tmp_path):
+    """What a trained model says about a clip does not depend on the noise that it trained with."""
+    recipe.frontend.dither = 0.01
+    fit(with_train(recipe, epochs=1), tmp_path, quiet=True)
+    method, loaded, _ = load_model(tmp_path)
+    test = load_data(loaded.data).test
+    (batch,) = make_loader(loaded, test, method.model.geometry).epoch(0)
+    logits = {}
+    for name, settings in {
+        "trained": {},
+        "plain": {"dither": 0.0},
+        "dithered": {"dither_in_evaluation": True},
+    }.items():
+        changed = replace(loaded, frontend=replace(loaded.frontend, **settings))
+        other = build_method(changed, 2).eval()
+        other.model.load_state_dict(method.model.state_dict())
+        logits[name] = other(batch)["logits"]
+        assert torch.equal(logits[name], other(batch)["logits"])
+    assert torch.equal(method(batch)["logits"], logits["plain"])
+    assert torch.equal(logits["trained"], logits["plain"])
+    assert not torch.equal(logits["dithered"], logits["plain"])
+
+
+@pytest.mark.parametrize("dither", [0.0, 2.0**-15])
+def test_resumes_bit_for_bit(recipe, tmp_path, dither):
+    recipe.frontend.dither = dither
     fit(recipe, tmp_path / "whole", quiet=True)
 
     class KilledError(Exception):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastast.train import RunDirectory, load_model
+from fastast.train import PhaseConfig, RunDirectory, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 25
@@ -117,13 +117,13 @@ def curve(run_dir):
 
 @pytest.fixture
 def thorough(recipe):
-    """A recipe with everything that has a state: averages, a plateau, mixing, several epochs."""
+    """A recipe with everything that has a state: averages, a plateau, mixing, phases, epochs."""
     recipe.data.validation = 0.2
     recipe.data.balance = "with_replacement"
     recipe.augment.mixup = 0.5
     recipe.augment.token_drop = 0.2
     recipe.optim.schedule, recipe.optim.patience = "plateau", 0
-    recipe.train.epochs = 30
+    recipe.phases = [PhaseConfig(compression=2, epochs=10, by="patch"), PhaseConfig(epochs=20)]
     recipe.train.average = "ema"
     recipe.train.log_every = 3
     recipe.train.log_clips = True

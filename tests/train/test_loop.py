@@ -303,6 +303,7 @@ def test_settings_that_there_are_not(recipe, section, setting, message):
 
 
 def test_workers_change_nothing(recipe, tmp_path):
+    recipe = change(recipe, "frontend", dither=1e-3)
     recipe = change(recipe, "train", epochs=2, log_every=1)
     for workers in (0, 2):
         fit(change(recipe, "train", workers=workers), tmp_path / str(workers), quiet=True)

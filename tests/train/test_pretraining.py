@@ -8,7 +8,7 @@ import torch
 
 from fastast.interop import from_reference
 from fastast.models import SSASTPretraining
-from fastast.tokens import cut_or_resize
+from fastast.tokens import resize_positions
 from fastast.train import RunDirectory, build_method, evaluate_over, fit, load_data, load_model
 from fastast.train.init import start_from
 from fastast.train.predict import predict_files
@@ -83,7 +83,9 @@ def test_weights_are_taken_over(pretraining, fine_tuning, tmp_path):
         start_from(model, fine_tuning.model.name, path)
         for name, value in model.state_dict().items():
             if name == "positions.table":
-                adapted = cut_or_resize(before[name], 2, (4, 11), model.positions.grid)
+                adapted = resize_positions(
+                    before[name], (4, 11), model.positions.grid, prefix=2, shrink="cut"
+                )
                 assert torch.equal(value, adapted)
             elif name.startswith(("norm.", "head.")):
                 assert torch.equal(value, new[name])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastast.train import RunDirectory, fit, load_model
+from fastast.train import PhaseConfig, RunDirectory, fit, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,13 +35,29 @@ def pair(recipe):
     """Everything that must agree between ranks; an odd number of clips in the last step."""
     recipe.data.validation = 0.2
     recipe.augment.mixup = 0.5
+    recipe.frontend.dither = 1e-3
     recipe.augment.crop_seconds, recipe.augment.crop = [0.2, 0.8], "cyclic"
     recipe.train.epochs = 2
     recipe.train.log_every, recipe.train.log_clips = 1, True
     return recipe
 
 
-def test_two_ranks_equal_one_with_the_same_batches(pair, tmp_path):
+def phased(recipe):
+    """A coarse phase, then a fine one that keeps the optimiser's moments."""
+    recipe.phases = [PhaseConfig(compression=2, epochs=1), PhaseConfig(epochs=1, keep_moments=True)]
+
+
+def flexible(recipe):
+    """With patches of another size in each step."""
+    recipe.model = replace(
+        recipe.model, name="flexi_ast_tiny", patch_size=(8, 8), max_time_patches=None
+    )
+    recipe.augment.patch_sizes, recipe.train.batch_tokens = [8, (16, 8)], 512
+
+
+@pytest.mark.parametrize("change", [phased, flexible], ids=["elastic in phases", "flexi"])
+def test_two_ranks_equal_one_with_the_same_batches(pair, change, tmp_path):
+    change(pair)
     alone = replace(pair, train=replace(pair.train, accumulate=2))
     fit(alone, tmp_path / "alone", quiet=True)
     done = torchrun(2, pair, tmp_path / "pair")
@@ -99,6 +115,7 @@ sys.exit(main())
 
 def test_three_ranks_stopped_within_an_epoch_resume_to_the_bit(pair, tmp_path):
     """Also the sums over three gradients, which depend on the order that DDP puts them in."""
+    pair.phases = [PhaseConfig(compression=2), PhaseConfig(epochs=1)]
     whole, cut, stopper = (tmp_path / name for name in ("whole", "cut", "stopper.py"))
     done = torchrun(3, pair, whole)
     assert done.returncode == 0, done.stderr

@@ -6,9 +6,11 @@ import pytest
 import yaml
 
 from fastast.train.report import (
+    compute_curves,
     learning_curves,
     read_runs,
     results_table,
+    savings_table,
     settings_table,
     shared_folder,
     write_report,
@@ -148,6 +150,69 @@ def test_a_run_that_has_just_begun(tmp_path):
     (folder / "metrics.jsonl").unlink()
     assert column_of("run", [folder]) == {"epochs": "0 of 3", "steps": "0"}
     assert write_report(read_runs([folder]), folder).read_text()
+
+
+def coarse_epoch(number, phase, accuracy, flops):
+    return epoch(number, 1.0, accuracy, phase=phase, flops=flops, audio_hours=0.5)
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """A baseline that is best after 4 of 5 epochs, and two runs of two phases against it."""
+    base = [coarse_epoch(n, 0, acc, 1e15) for n, acc in enumerate((0.1, 0.3, 0.4, 0.5, 0.45))]
+    phases = [{"compression": 4, "epochs": 1}, {"epochs": 3}]
+    coarse = [coarse_epoch(0, 0, 0.9, 2e14)]  # a coarse phase never counts as being better
+    better = coarse + [coarse_epoch(n, 1, acc, 1e15) for n, acc in ((1, 0.45), (2, 0.51), (3, 0.6))]
+    worse = coarse + [coarse_epoch(n, 1, acc, 1e15) for n, acc in ((1, 0.45), (2, 0.40))]
+    started = coarse
+    folders = [make_run(tmp_path / "baseline", base)]
+    for name, records in (("better", better), ("worse", worse), ("started", started)):
+        folder = make_run(tmp_path / name, records)
+        config = yaml.safe_load((folder / "config.yaml").read_text()) | {"phases": phases}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        folders.append(folder)
+    return read_runs(folders)
+
+
+def test_savings(experiment):
+    assert savings_table(experiment) == [
+        ["", "accuracy", "delta", "FLOPs saved", "time saved", "epochs"],
+        ["baseline", "50.00%", "–", "–", "–", "4"],
+        ["better", "51.00%", "+1.00", "45.00%", "25.00%", "3"],
+        ["worse", "45.00%", "-5.00", "70.00%", "50.00%", "2"],
+        ["started", "–", "–", "–", "–", "–"],
+    ]
+    converged = {row[0]: row[1:] for row in savings_table(experiment, converged=True)}
+    assert converged["better"] == ["60.00%", "+10.00", "20.00%", "0.00%", "4"]
+    assert savings_table(experiment[:1]) == []
+
+
+def test_phases_are_listed_in_short(experiment):
+    rows = {row[0]: row[1:] for row in settings_table(experiment)}
+    short = '[{"compression": 4, "epochs": 1}, {"epochs": 3}]'
+    assert rows["phases"] == ["–", short, short, short]
+
+
+def test_savings_without_measurements(tmp_path, folders):
+    """Logs of old have no FLOPs, and some runs no validation."""
+    rows = savings_table(read_runs(folders))
+    assert rows[1][:2] == ["finished", "75.00%"] and rows[2] == ["killed", *["–"] * 5]
+    assert savings_table(read_runs(folders[::-1])) == []
+    same = make_run(tmp_path / "same", [epoch(0, 1.0, 0.8)])
+    assert savings_table(read_runs([folders[0], same]))[2][2:5] == ["+5.00", "–", "50.00%"]
+
+
+def test_compute_curves_and_costs(experiment, tmp_path):
+    curves = compute_curves(experiment)
+    assert curves["better"][0] == pytest.approx([2e14, 1.2e15, 2.2e15, 3.2e15])
+    assert curves["better"][1] == pytest.approx([90, 45, 51, 60])
+    table = {row[0]: row[1:] for row in results_table(experiment)}
+    assert table["training FLOPs"] == ["5e+15", "3.2e+15", "2.2e+15", "2e+14"]
+    assert table["audio heard, h"] == ["2.50", "2.00", "1.50", "0.50"]
+    assert table["epochs"] == ["5 of 3", "4 of 4", "3 of 4", "1 of 4"]
+    text = write_report(experiment, tmp_path / "new").read_text()
+    assert "## What is saved over baseline" in text and "| better | 51.00% | +1.00 |" in text
+    assert (tmp_path / "new" / "compute.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_is_written(folders, tmp_path):
