@@ -5,7 +5,17 @@ end, and :class:`Segments` says where each begins. See ``docs/concepts.md``.
 """
 
 from fastast.interop import from_reference
-from fastast.models import AST, HTSAT, ElasticAST, FlexiAST, create_model, list_models
+from fastast.models import (
+    AST,
+    HTSAT,
+    SSAST,
+    ElasticAST,
+    FlexiAST,
+    SSASTPretraining,
+    create_model,
+    create_pretraining_model,
+    list_models,
+)
 from fastast.nn import AttentionPool, MelFilterbank, PackedAttention, WindowAttention
 from fastast.ops import WindowBudget, WindowGrids
 from fastast.segments import Segments, Spectrograms, TokenBudget
@@ -15,11 +25,13 @@ __version__ = "0.1.0"
 __all__ = [
     "AST",
     "HTSAT",
+    "SSAST",
     "AttentionPool",
     "ElasticAST",
     "FlexiAST",
     "MelFilterbank",
     "PackedAttention",
+    "SSASTPretraining",
     "Segments",
     "Spectrograms",
     "TokenBudget",
@@ -27,6 +39,7 @@ __all__ = [
     "WindowBudget",
     "WindowGrids",
     "create_model",
+    "create_pretraining_model",
     "from_reference",
     "list_models",
 ]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastast import MelFilterbank, Segments, Spectrograms, TokenBudget, create_model
-from fastast.ops import frame_segments, packed_attention_qkv, segment_pool
+from fastast.ops import frame_segments, info_nce, packed_attention_qkv, segment_pool
 from tests.testing import ragged
 
 pytestmark = pytest.mark.gpu
@@ -75,7 +75,30 @@ def test_pool(budget, dtype):
         assert_within_twice_eager(*parts)
 
 
-@pytest.mark.parametrize("name", ["elastic_ast_tiny", "ast_tiny"])
+@BUDGETS
+@DTYPES
+def test_info_nce(budget, dtype):
+    segments, rows = segments_and_rows(budget)
+    on_gpu = segments.to("cuda")
+    inputs = [torch.randn(rows, 64, device="cuda").to(dtype) / 4 for _ in range(2)]
+    member = (torch.rand(rows, device="cuda") < 0.8) & on_gpu.row_mask(rows)
+    grad = torch.randn(rows, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = run(lambda q, k: info_nce(q, k, on_gpu, member).loss, inputs, grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    def reference(q, k):
+        return info_nce(q, k, on_gpu, member, backend="reference").loss
+
+    eager = run(reference, inputs, grad)
+    truth = run(reference, [x.double() for x in inputs], grad)
+    for parts in zip(found, eager, truth, strict=True):
+        assert_within_twice_eager(*parts)
+
+
+@pytest.mark.parametrize("name", ["elastic_ast_tiny", "ast_tiny", "ssast_patch_tiny"])
 def test_models_agree_with_the_cpu(name):
     model = create_model(name, 5, **SMALL).double()
     clips = ragged([16, 40, 200, 32], 32)

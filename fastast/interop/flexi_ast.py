@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastast.interop.keys import ast_entries, count_blocks
+from fastast.interop.grid_vit import encoder, head, trunk_size
 from fastast.models import FlexiAST
 
 
@@ -17,7 +17,7 @@ def from_state_dict(weights: dict[str, Tensor], config: dict) -> FlexiAST:
     length follows from the position table. The model has a distillation token if the weights do.
     """
     kernel = weights["patch_embed.proj.weight"]  # [dim, 1, height, width]
-    dim, _, height, width = kernel.shape
+    height, width = kernel.shape[2:]
     distilled = "v.dist_token" in weights
     num_mels = config.get("num_mels", 128)
     patches = weights["pos_embed.pos_embed"].shape[1] - 1 - distilled
@@ -34,9 +34,8 @@ def from_state_dict(weights: dict[str, Tensor], config: dict) -> FlexiAST:
         patch_size=(height, width),
         resize=config.get("resize", "pi"),
         distilled=distilled,
-        dim=dim,
-        depth=count_blocks(weights, "v.blocks."),
-        num_heads=dim // 64,
+        **trunk_size(weights),
     ).to(kernel.dtype)
-    model.load_state_dict(ast_entries(weights, "patch_embed.proj", "pos_embed.pos_embed"))
+    converted = encoder(weights, "patch_embed.proj", "pos_embed.pos_embed") | head(weights)
+    model.load_state_dict(converted)
     return model

@@ -1,5 +1,6 @@
 """Objectives: what a model is trained for."""
 
+from fastast.methods.ssast import MaskedSpectrogramModeling
 from fastast.methods.supervised import Supervised
 
-__all__ = ["Supervised"]
+__all__ = ["MaskedSpectrogramModeling", "Supervised"]

@@ -129,18 +129,32 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Linear(geometry.patch_size[0] * geometry.patch_size[1], dim)
 
     def forward(self, frames: Tensor, grid: PatchGrid) -> Tensor:
-        own = self.geometry.patch_size
-        # To the compiler an integer that has changed is a variable; as an index it is a constant.
-        size = tuple(map(operator.index, grid.geometry.patch_size))
+        patches, own, size = self.cut(frames, grid), self.geometry.patch_size, _patch_size(grid)
         if size == own:
-            return self.proj(patchify(frames, grid, self.geometry))
+            return self.proj(patches)
+        kernel = resize_patch_kernel(self.proj.weight.unflatten(1, own), size, self.resize)
+        return F.linear(patches, kernel.flatten(1), self.proj.bias)
+
+    def cut(self, frames: Tensor, grid: PatchGrid) -> Tensor:
+        """The patches before they are projected, see :func:`~fastast.tokens.patchify`.
+
+        Raises:
+            ValueError: they are of another size, and ``resize`` is None.
+        """
+        own, size = self.geometry.patch_size, _patch_size(grid)
+        if size == own:
+            return patchify(frames, grid, self.geometry)
         if self.resize is None:
             raise ValueError(
                 f"grid lists patches of {size}, this model's are {own}: make it with the model's "
                 "own geometry, or use a FlexiAST"
             )
-        kernel = resize_patch_kernel(self.proj.weight.unflatten(1, own), size, self.resize)
-        return F.linear(patchify(frames, grid, grid.geometry), kernel.flatten(1), self.proj.bias)
+        return patchify(frames, grid, grid.geometry)
+
+
+def _patch_size(grid: PatchGrid) -> tuple[int, int]:
+    # To the compiler an integer that has changed is a variable; as an index it is a constant.
+    return tuple(map(operator.index, grid.geometry.patch_size))
 
 
 def as_stream(

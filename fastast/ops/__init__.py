@@ -2,6 +2,7 @@
 
 from fastast.ops import _native
 from fastast.ops.distillation import distillation_cross_entropy
+from fastast.ops.info_nce import InfoNCE, info_nce
 from fastast.ops.mel_filterbank import (
     MelPlan,
     dither_keys,
@@ -22,6 +23,7 @@ from fastast.ops.window_grids import WindowBudget, WindowGrids
 
 __all__ = [
     "Framing",
+    "InfoNCE",
     "MelPlan",
     "Padding",
     "WindowBudget",
@@ -31,6 +33,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "frame_segments",
     "hop_from_ms",
+    "info_nce",
     "mel_filterbank",
     "mel_filterbank_reference",
     "packed_attention",

@@ -15,17 +15,19 @@ from fastast.tokens.grid import PatchGrid
 from fastast.tokens.resizing import bilinear_weights
 
 
-def _time_taps(grid: PatchGrid, width: int, stretch: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _time_taps(grid: PatchGrid, width: int, shorter: str) -> tuple[Tensor, Tensor, Tensor]:
     """The two neighbouring table columns of each token and the weight of the second.
 
-    Clips no wider than the table use its first columns as they are; with ``stretch`` every clip
-    is laid over the whole table.
+    A clip wider than the table is laid over it. One that is narrower is, too (``"stretch"``), or
+    uses as many columns as it has patches, as they are: the ``"first"`` or the ``"middle"`` ones.
     """
     time = grid.time.to(torch.float32)
     scale = width / grid.clip_width.clamp(min=1).to(torch.float32)
-    if not stretch:
+    if shorter != "stretch":
         scale = scale.clamp(max=1)
     place = ((time + 0.5) * scale - 0.5).clamp(0, width - 1)
+    if shorter == "middle":
+        place = place + (width // 2 - grid.clip_width // 2).clamp(min=0)
     first = place.floor()
     second = (first + 1).clamp(max=width - 1)
     return first.to(torch.int64), second.to(torch.int64), place - first
@@ -58,7 +60,7 @@ class FactorisedPositions(nn.Module):
         nn.init.trunc_normal_(self.time, std=0.02)
 
     def forward(self, grid: PatchGrid) -> Tensor:
-        first, second, weight = _time_taps(grid, self.time.shape[0], stretch=False)
+        first, second, weight = _time_taps(grid, self.time.shape[0], "first")
         return F.embedding(grid.freq, self.freq) + _interpolate(self.time, first, second, weight)
 
 
@@ -66,26 +68,41 @@ class GridPositions(nn.Module):
     """One learned row per prefix token and per patch of a fixed grid, as in ViT and AST.
 
     Clips of another width than the grid's are laid over it, which is what resizing the table
-    bilinearly for that length does.
+    bilinearly for that length does. Narrower ones may use columns of it instead, as they are.
 
     Args:
         prefix: number of prefix rows.
         freq_patches, time_patches: the grid.
         dim: of the rows.
+        shorter: ``"stretch"`` lays narrower clips over all columns, ``"middle"`` takes as many of
+            those in the middle (SSAST).
 
     Shape:
         :class:`~fastast.tokens.PatchGrid` ``-> [rows, dim]``.
+
+    Raises:
+        ValueError: an unknown ``shorter``.
     """
 
-    def __init__(self, prefix: int, freq_patches: int, time_patches: int, dim: int) -> None:
+    def __init__(
+        self,
+        prefix: int,
+        freq_patches: int,
+        time_patches: int,
+        dim: int,
+        *,
+        shorter: str = "stretch",
+    ) -> None:
         super().__init__()
-        self.prefix, self.grid = prefix, (freq_patches, time_patches)
+        if shorter not in ("stretch", "middle"):
+            raise ValueError(f"shorter must be 'stretch' or 'middle', got {shorter!r}")
+        self.prefix, self.grid, self.shorter = prefix, (freq_patches, time_patches), shorter
         self.table = nn.Parameter(torch.empty(prefix + freq_patches * time_patches, dim))
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self, grid: PatchGrid) -> Tensor:
         width = self.grid[1]
-        first, second, weight = _time_taps(grid, width, stretch=True)
+        first, second, weight = _time_taps(grid, width, self.shorter)
         row = self.prefix + grid.freq * width
         is_prefix = grid.prefix_id >= 0
         first = torch.where(is_prefix, grid.prefix_id, row + first)

@@ -11,6 +11,7 @@ from fastast.train.recipe import (
     ModelConfig,
     PhaseConfig,
     Recipe,
+    SSASTConfig,
     TrainConfig,
 )
 from fastast.train.run import RunDirectory, load_model
@@ -24,6 +25,7 @@ __all__ = [
     "PhaseConfig",
     "Recipe",
     "RunDirectory",
+    "SSASTConfig",
     "Score",
     "TrainConfig",
     "build_method",

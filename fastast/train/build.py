@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from torch import nn
 
@@ -20,12 +21,12 @@ from fastast.data import (
 )
 from fastast.data.datasets import load_manifests
 from fastast.frontend import MelFrontend
-from fastast.methods import Supervised
-from fastast.models import FlexiAST, create_model
+from fastast.methods import MaskedSpectrogramModeling, Supervised
+from fastast.models import FlexiAST, create_model, create_pretraining_model
 from fastast.nn import MelFilterbank
 from fastast.ops import Framing, hop_from_ms
 from fastast.segments import TokenBudget
-from fastast.tokens import PatchGeometry
+from fastast.tokens import ClusteredMask, PatchGeometry, UnstructuredMask
 from fastast.train.recipe import FILTERBANK_SETTINGS, DataConfig, Recipe
 
 PARTS = ("train", "validation", "test")
@@ -102,20 +103,30 @@ def framing_of(recipe: Recipe) -> Framing:
     return build_filterbank(recipe).plan.framing
 
 
-def build_method(recipe: Recipe, num_classes: int, *, multi_label: bool = False) -> Supervised:
+def build_method(recipe: Recipe, num_classes: int, *, multi_label: bool = False) -> nn.Module:
     """The front end, model and objective of a recipe, with random weights.
 
     Args:
         recipe: all settings.
-        num_classes: of the data.
+        num_classes: of the data; without labels, 0.
         multi_label: whether clips have any number of classes.
 
     Raises:
         ValueError: settings that do not fit together; the message names them.
     """
-    front, augment, name = recipe.frontend, recipe.augment, recipe.model.name
-    if front.mean is None or front.std is None:
+    if recipe.frontend.mean is None or recipe.frontend.std is None:
         raise ValueError("frontend.mean and frontend.std are not set; measure them first")
+    if recipe.train.method == "ssast":
+        return _ssast(recipe)
+    return _supervised(recipe, num_classes, multi_label)
+
+
+def learns_classes(recipe: Recipe) -> bool:
+    """Whether the clips' labels are what is learnt."""
+    return recipe.train.method == "supervised"
+
+
+def _supervised(recipe: Recipe, num_classes: int, multi_label: bool) -> Supervised:
     if num_classes < 1:
         raise ValueError("the clips have no labels to learn: choose data with labels")
     loss = recipe.train.loss
@@ -126,27 +137,78 @@ def build_method(recipe: Recipe, num_classes: int, *, multi_label: bool = False)
             "train.loss is cross_entropy, which takes one class per clip, but the clips have "
             "several: use binary_cross_entropy"
         )
-    settings = {k: v for k, v in asdict(recipe.model).items() if v is not None and k != "name"}
-    if name.startswith("ast_") and front.fixed_seconds is None:
+    model = _build_model(recipe, partial(create_model, num_classes=num_classes))
+    smoothing = recipe.train.label_smoothing
+    return Supervised(model, _build_frontend(recipe), loss=loss, label_smoothing=smoothing)
+
+
+def _ssast(recipe: Recipe) -> MaskedSpectrogramModeling:
+    for name, value in (
+        ("train.loss", recipe.train.loss),
+        ("train.label_smoothing", recipe.train.label_smoothing),
+        ("augment.token_drop", recipe.augment.token_drop),
+        ("model.init", recipe.model.init),
+        ("model.pool", recipe.model.pool),
+    ):
+        if value:
+            raise ValueError(f"{name} ({value}) means nothing to train.method ssast: leave it out")
+    config = recipe.ssast
+    model = _build_model(recipe, create_pretraining_model)
+    if model.geometry.freq_patches == 1:
+        mask = UnstructuredMask(config.mask_ratio)
+    else:
+        mask = ClusteredMask(config.mask_ratio, config.cluster, as_code=config.clusters_as_code)
+    return MaskedSpectrogramModeling(
+        model,
+        _build_frontend(recipe),
+        mask,
+        generative_weight=config.generative_weight,
+        negatives=config.negatives,
+        separate_masks=config.separate_masks,
+        seed=recipe.train.seed,
+    )
+
+
+def _build_model(recipe: Recipe, create: Callable[..., nn.Module]) -> nn.Module:
+    front, name = recipe.frontend, recipe.model.name
+    settings = {
+        key: value
+        for key, value in asdict(recipe.model).items()
+        if value is not None and key not in ("name", "init")
+    }
+    seconds, input_frames = front.fixed_seconds, recipe.model.input_frames
+    if name.startswith("ast_") and seconds is None:
         raise ValueError(f"{name} has a fixed input length: set frontend.fixed_seconds")
-    if name.startswith(("ast_", "flexi_ast_")) and front.fixed_seconds is not None:
-        if recipe.model.input_frames is not None:
+    if name.startswith("ssast_") and seconds is None and input_frames is None:
+        seconds = recipe.data.max_seconds
+        if seconds is None:
+            raise ValueError(
+                f"{name} has positions up to some length: set data.max_seconds, or "
+                "frontend.fixed_seconds"
+            )
+    if name.startswith(("ast_", "flexi_ast_", "ssast_")) and seconds is not None:
+        if input_frames is not None:
             raise ValueError(
                 "model.input_frames follows from frontend.fixed_seconds: set one of them alone"
             )
-        settings["input_frames"] = fixed_frames(recipe, front.fixed_seconds, finest_shift(recipe))
+        settings["input_frames"] = fixed_frames(recipe, seconds, finest_shift(recipe))
     if name.startswith("hts_at_") and front.fixed_seconds is not None:
         raise ValueError(
             f"{name} takes clips of any length: leave frontend.fixed_seconds out, and take parts "
             "of clips with augment.crop_seconds or data.max_seconds"
         )
     try:
-        model = create_model(name, num_classes=num_classes, num_mels=front.num_mels, **settings)
+        model = create(name, num_mels=front.num_mels, **settings)
     except TypeError as error:  # such as "got an unexpected keyword argument 'stride'"
         raise ValueError(f"model: {name} does not take these settings: {error}") from error
-    if augment.patch_sizes:
+    if recipe.augment.patch_sizes:
         flexible(model)
-    frontend = MelFrontend(
+    return model
+
+
+def _build_frontend(recipe: Recipe) -> MelFrontend:
+    front, augment = recipe.frontend, recipe.augment
+    return MelFrontend(
         build_filterbank(recipe),
         dither_in_evaluation=front.dither_in_evaluation,
         roll=augment.roll,

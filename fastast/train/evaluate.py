@@ -26,12 +26,13 @@ class Score:
 
     Attributes:
         metrics: ``accuracy`` (single-label data alone), ``mAP``, ``mAUC`` and ``d_prime``, as
-            :mod:`fastast.train.metrics` defines them; None where one is undefined.
+            :mod:`fastast.train.metrics` defines them; None where one is undefined. Of a method
+            without classes, its parts of the loss and the like, means over the clips.
         loss: the method's, mean over the clips.
         clips: number of clips evaluated.
         tokens: number of tokens computed.
         left_out: the clips that should have been evaluated but could not be read.
-        per_class: of each class, in the order of the logits.
+        per_class: of each class, in the order of the logits; of a method without, empty.
     """
 
     metrics: dict[str, float | None]
@@ -43,7 +44,7 @@ class Score:
 
     @property
     def accuracy(self) -> float | None:
-        """Top-1 accuracy in [0, 1]; None for multi-label data."""
+        """Top-1 accuracy in [0, 1], of SSAST's pre-training that of its patches; else None."""
         return self.metrics.get("accuracy")
 
     @property
@@ -63,12 +64,15 @@ class Score:
 
 
 class _Part(NamedTuple):
-    """What one rank has computed: a row of ids, logits and targets per clip, and sums."""
+    """What one rank has computed: a row of ids, logits and targets per clip, and sums.
+
+    Without classes, there are no logits; ``sums`` are over the clips.
+    """
 
     ids: Tensor
     logits: Tensor
     targets: Tensor
-    loss: float
+    sums: dict[str, float]
     tokens: int
     left_out: tuple[LeftOut, ...]
 
@@ -89,7 +93,8 @@ def evaluate(
 
     Args:
         method: ``method(batch)`` gives ``logits`` ``[segments, classes]`` and ``loss``, such as
-            :class:`~fastast.methods.Supervised`.
+            :class:`~fastast.methods.Supervised`; or, if it learns no classes, ``loss`` and other
+            scalars.
         loader: of the clips, unshuffled.
         device: of the method.
         title: of a progress bar, where the output is a terminal. Default: none.
@@ -111,7 +116,8 @@ def _run(
     method: nn.Module, loader: PackedLoader, device: torch.device | str, title: str | None
 ) -> _Part:
     ids, logits, targets = [torch.empty(0, dtype=torch.int64)], [], []
-    loss, tokens, left_out = torch.zeros((), device=device), 0, ()
+    sums: dict[str, Tensor] = {}
+    tokens, left_out = 0, ()
     with progress_bar(title, loader.num_batches(0), "batches") as advance:
         for batch in loader.epoch(0):
             real = (batch.clip_ids >= 0).nonzero()[:, 0]
@@ -122,15 +128,18 @@ def _run(
             batch = batch.to(device, non_blocking=True)
             out = method(batch)
             # The logits stay on the device until the end, so that no batch waits for it.
-            logits.append(out["logits"][real.to(device, non_blocking=True)].float())
+            if "logits" in out:
+                logits.append(out["logits"][real.to(device, non_blocking=True)].float())
             if len(real):
-                loss = loss + out["loss"] * batch.loss_denominator
+                for name, value in out.items():
+                    if value.ndim == 0:
+                        sums[name] = sums.get(name, 0) + value * batch.loss_denominator
             advance(1)
     return _Part(
         torch.cat(ids),
         torch.cat(logits).cpu() if logits else torch.empty(0),
         torch.cat(targets) if targets else torch.empty(0),
-        loss.item(),
+        {name: value.item() for name, value in sums.items()},
         tokens,
         left_out,
     )
@@ -144,12 +153,17 @@ def _score(parts: Sequence[_Part], left_out: tuple[LeftOut, ...]) -> Score:
         raise ValueError(f"there is no clip to evaluate; {len(left_out)} were left out")
     ids = torch.cat([part.ids for part in parts])
     order = torch.from_numpy(np.unique(ids.numpy(), return_index=True)[1])
-    logits = torch.cat([part.logits for part in parts])[order]
-    targets = torch.cat([part.targets for part in parts])[order]
-    metrics, per_class = measure(logits, targets)
+    means = {
+        name: math.fsum(part.sums[name] for part in parts) / len(ids) for name in parts[0].sums
+    }
+    loss, metrics, per_class = means.pop("loss"), means, []
+    if parts[0].logits.ndim == 2:
+        logits = torch.cat([part.logits for part in parts])[order]
+        targets = torch.cat([part.targets for part in parts])[order]
+        metrics, per_class = measure(logits, targets)
     return Score(
         metrics,
-        math.fsum(part.loss for part in parts) / len(ids),
+        loss,
         len(order),
         sum(part.tokens for part in parts),
         left_out,

@@ -22,11 +22,13 @@ from fastast.train.build import (
     build_filterbank,
     build_method,
     finest_shift,
+    learns_classes,
     load_data,
     make_loader,
 )
 from fastast.train.distributed import Ranks, joined
 from fastast.train.evaluate import Score, evaluate
+from fastast.train.init import start_from
 from fastast.train.log import RunLog
 from fastast.train.meter import Meter
 from fastast.train.optim import clip_gradients, make_optimizer
@@ -119,6 +121,25 @@ def pick_workers(config: TrainConfig, device: torch.device, local_ranks: int) ->
     if config.workers is not None:
         return config.workers
     return min(8, (os.cpu_count() or 1) // local_ranks) if device.type == "cuda" else 0
+
+
+def pick_metric(recipe: Recipe, multi_label: bool) -> str:
+    """What is best on validation.
+
+    Raises:
+        ValueError: a metric that the method and the data do not have.
+    """
+    metric = recipe.train.metric
+    if not learns_classes(recipe):
+        if metric in ("mAP", "mAUC"):
+            raise ValueError(
+                f"train.metric is {metric}, but train.method {recipe.train.method} learns no "
+                "classes: use loss or accuracy"
+            )
+        return metric or "loss"
+    if metric == "accuracy" and multi_label:
+        raise ValueError("train.metric is accuracy, but clips have several labels: use mAP")
+    return metric or ("mAP" if multi_label else "accuracy")
 
 
 def measure_statistics(recipe: Recipe, dataset: AudioDataset, clips: int = 500) -> Recipe:
@@ -226,15 +247,15 @@ class _Training:
         self.recipe, self.config = recipe, recipe.train
         config = self.config
         self.class_names, self.multi_label = data.train.class_names, data.train.multi_label
-        self.metric = config.metric or ("mAP" if self.multi_label else "accuracy")
-        if self.metric == "accuracy" and self.multi_label:
-            raise ValueError("train.metric is accuracy, but clips have several labels: use mAP")
+        self.metric = pick_metric(recipe, self.multi_label)
         self._check_validation(data)
         if len(phases_of(self.whole)) > 1:
             self.progress.say(self._describe_phase())
 
         torch.manual_seed(config.seed)
         self.method = build_method(recipe, len(self.class_names), multi_label=self.multi_label)
+        if state is None and recipe.model.init is not None:
+            start_from(self.method.model, recipe.model.name, recipe.model.init)
         self.method.to(self.device)
         geometry = self.method.model.geometry
         shared = {

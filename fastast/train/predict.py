@@ -12,7 +12,7 @@ from torch import Tensor
 from fastast.data import AudioDataset, Manifest
 from fastast.methods import Supervised
 from fastast.train.bar import progress_bar
-from fastast.train.build import make_loader
+from fastast.train.build import learns_classes, make_loader
 from fastast.train.recipe import Recipe
 
 
@@ -39,8 +39,14 @@ def predict_files(
         title: of a progress bar, where the output is a terminal. Default: none.
 
     Raises:
+        ValueError: the method learns no classes.
         AudioError: a file is missing or cannot be decoded.
     """
+    if not learns_classes(recipe):
+        raise ValueError(
+            f"the model was pre-trained without labels (train.method {recipe.train.method}) and "
+            "knows no classes: fine-tune it first, with model.init"
+        )
     recipe = replace(recipe, data=replace(recipe.data, max_seconds=None, bad_files="stop"))
     names = [str(number) for number in range(len(files))]  # a file may be asked for twice
     manifest = Manifest([str(file) for file in files], [()] * len(files), [], names=names)

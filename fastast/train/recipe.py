@@ -206,23 +206,26 @@ class ModelConfig:
     Args:
         name: one of ``fastast.list_models()``.
         patch_size: mel bins and frames.
-        stride: mel bins and frames between patches, for AST.
+        stride: mel bins and frames between patches, for AST and SSAST.
         dim, depth, num_heads: of the trunk; of HTS-AT, ``dim`` is of the first stage, and
             ``num_heads`` a list, of each stage.
         max_time_patches: columns of ElasticAST's time table.
-        pool: ElasticAST's pooling, ``attention`` or ``mean``.
+        pool: ElasticAST's pooling, ``attention`` or ``mean``; SSAST's, ``mean`` or ``cls``.
         depths: blocks of each stage of HTS-AT.
         image_size: frames of a row of HTS-AT's image; 128 at a frame shift of 40 ms is its coarse
             one.
         window: patches along the side of HTS-AT's windows.
         drop_path: probability of dropping the last residual branches in training.
         fit: how HTS-AT's image is filled, ``pad`` (its paper) or ``stretch`` (its code).
-        input_frames: frames of the clips that FlexiAST's table of positions is made for; it is laid
-            over any others. Where ``frontend.fixed_seconds`` is set, they are that long.
+        input_frames: frames of the clips that the table of positions of FlexiAST and SSAST is made
+            for; it is laid over any others. Where ``frontend.fixed_seconds`` is set, they are that
+            long; SSAST's are by default as long as ``data.max_seconds``.
         resize: of FlexiAST's kernel, ``pi`` or ``bilinear``.
         distilled: whether AST and FlexiAST have a distillation token beside the class token.
         time_pool: frames that are pooled into one before patches are cut.
         time_pooling: ``average`` or ``max``.
+        init: pre-trained weights to start from: a run directory, a ``model.safetensors``, or a
+            ``.pth`` as SSAST's authors publish it. Positions are adapted. For SSAST.
     """
 
     name: str = "elastic_ast_tiny"
@@ -243,9 +246,37 @@ class ModelConfig:
     window: int | None = None
     drop_path: float | None = None
     fit: Literal["pad", "stretch"] | None = None
+    init: str | None = None
 
     def __post_init__(self) -> None:
         check_choices(self, "model")
+
+
+@dataclass
+class SSASTConfig:
+    """SSAST's pre-training, for ``train.method: ssast``. Defaults are the paper's.
+
+    Args:
+        mask_ratio: share of a clip's patches that is masked; 400 of 512.
+        cluster: smallest and largest side of the squares of patches that are masked together.
+            Models of whole frames have them masked one by one.
+        generative_weight: weight of the generative loss beside the discriminative one.
+        negatives: what a prediction is contrasted with: other ``targets`` (the paper), or for a
+            target other ``predictions`` (the code).
+        separate_masks: a mask and a forward pass for either loss (the code).
+        clusters_as_code: draw the squares as the code does.
+    """
+
+    mask_ratio: float = 0.78125
+    cluster: tuple[int, int] = (3, 5)
+    generative_weight: float = 10.0
+    negatives: Literal["targets", "predictions"] = "targets"
+    separate_masks: bool = False
+    clusters_as_code: bool = False
+
+    def __post_init__(self) -> None:
+        check_choices(self, "ssast")
+        self.cluster = tuple(self.cluster)  # YAML has lists
 
 
 @dataclass
@@ -253,6 +284,8 @@ class TrainConfig:
     """The run.
 
     Args:
+        method: what is learnt: the clips' classes (``supervised``), or, without labels, masked
+            patches (``ssast``).
         epochs: passes over the training clips.
         max_steps: stop after this many optimiser steps, if sooner.
         max_tokens: stop after this many tokens have been seen, if sooner.
@@ -273,7 +306,8 @@ class TrainConfig:
         average_from: first epoch of the mean, counted from 1.
         average_best: number of best epochs; 1 is the best one alone.
         metric: what is best on validation. Default: ``accuracy``, or ``mAP`` where clips have
-            several labels.
+            several labels; ``loss`` where none are learnt. SSAST's ``accuracy`` is that of
+            recognising masked patches.
         patience: stop after this many epochs without a better metric. Default: never.
         seed: of weights, order and augmentation.
         device: ``auto`` takes a GPU if there is one.
@@ -286,6 +320,7 @@ class TrainConfig:
         log_clips: log which clips each step has seen.
     """
 
+    method: Literal["supervised", "ssast"] = "supervised"
     epochs: int = 20
     max_steps: int | None = None
     max_tokens: int | None = None
@@ -402,6 +437,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    ssast: SSASTConfig = field(default_factory=SSASTConfig)
     phases: list[PhaseConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -27,9 +27,8 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastast.methods import Supervised
 from fastast.train.build import build_method
 from fastast.train.recipe import Recipe
 
@@ -219,7 +218,7 @@ class RunDirectory:
                 path.unlink(missing_ok=True)
 
 
-def load_model(path: str | os.PathLike) -> tuple[Supervised, Recipe, list[str]]:
+def load_model(path: str | os.PathLike) -> tuple[nn.Module, Recipe, list[str]]:
     """Opens trained weights, for inference.
 
     Args:

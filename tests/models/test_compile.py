@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastast import AST, HTSAT, ElasticAST, Segments, Spectrograms, TokenBudget
+from fastast import AST, HTSAT, SSAST, ElasticAST, Segments, Spectrograms, TokenBudget
 from fastast.tokens import PatchGrid
 
 CLASSES, MELS, BATCHES = 5, 32, 50
@@ -20,6 +20,7 @@ TOKEN_BUDGET = TokenBudget(tokens=1200, clips=9, max_length=200)
 MODELS = {
     "elastic": lambda: ElasticAST(CLASSES, max_time_patches=16, **SIZE),
     "ast": lambda: AST(CLASSES, input_frames=128, stride=(8, 6), **SIZE),
+    "ssast": lambda: SSAST(CLASSES, input_frames=128, stride=(8, 6), **SIZE),
 }
 FOLDED = {"image_size": 64, "dim": 16, "depths": (2, 2, 1), "num_heads": (1, 2, 2), "window": 4}
 HTSATS = {

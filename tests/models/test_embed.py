@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastast import AST, ElasticAST, Spectrograms
+from fastast import AST, SSAST, ElasticAST, Spectrograms
 
 CLASSES, MELS = 5, 16
 SIZE = {"num_mels": MELS, "patch_size": (4, 4), "dim": 24, "depth": 2, "num_heads": 3}
@@ -12,6 +12,8 @@ MODELS = {
     "elastic-attention": lambda: ElasticAST(CLASSES, max_time_patches=16, **SIZE),
     "elastic-mean": lambda: ElasticAST(CLASSES, max_time_patches=16, pool="mean", **SIZE),
     "ast": lambda: AST(CLASSES, input_frames=40, stride=(4, 3), **SIZE),
+    "ssast-mean": lambda: SSAST(CLASSES, input_frames=40, stride=(4, 3), **SIZE),
+    "ssast-cls": lambda: SSAST(CLASSES, input_frames=40, stride=(4, 3), pool="cls", **SIZE),
 }
 
 
@@ -27,7 +29,9 @@ def model(request) -> nn.Module:
 def pooled(model: nn.Module, clip: torch.Tensor) -> torch.Tensor:
     """From the tokens of a clip, written out."""
     tokens, grid = model.forward_features(clip[None])
-    if isinstance(model, AST):
+    if isinstance(model, SSAST) and model.pool == "mean":
+        return model.norm(tokens[2:].mean(0))
+    if isinstance(model, AST | SSAST):
         return model.norm(tokens[:2].mean(0))
     return model.norm(model.pool(tokens, grid.segments))[0]
 

@@ -18,6 +18,8 @@ SIZE = {"num_mels": 32, "patch_size": (16, 8), "dim": 48, "depth": 3, "num_heads
     "name, settings",
     [
         ("ast_tiny", {"input_frames": 64, "stride": (16, 8)}),
+        ("flexi_ast_tiny", {"input_frames": 64}),
+        ("ssast_patch_tiny", {"input_frames": 64, "stride": (8, 8)}),
         ("elastic_ast_tiny", {}),
         ("elastic_ast_tiny", {"pool": "mean"}),
     ],

@@ -9,12 +9,15 @@ from torch import Tensor, nn
 
 from fastast import (
     AST,
+    SSAST,
     ElasticAST,
     FlexiAST,
     Segments,
     Spectrograms,
+    SSASTPretraining,
     TokenBudget,
     create_model,
+    create_pretraining_model,
     list_models,
 )
 from tests.testing import poisoned_memory
@@ -28,6 +31,8 @@ MODELS = {
     "elastic-attention": lambda: ElasticAST(CLASSES, max_time_patches=16, **SIZE),
     "elastic-mean": lambda: ElasticAST(CLASSES, max_time_patches=16, pool="mean", **SIZE),
     "ast": lambda: AST(CLASSES, input_frames=40, stride=(4, 3), **SIZE),
+    "ssast-mean": lambda: SSAST(CLASSES, input_frames=40, stride=(4, 3), **SIZE),
+    "ssast-cls": lambda: SSAST(CLASSES, input_frames=40, stride=(4, 4), pool="cls", **SIZE),
     "flexi": lambda: FlexiAST(CLASSES, input_frames=40, **SIZE),
 }
 
@@ -202,18 +207,34 @@ def test_models_by_name():
         assert model.geometry.num_mels == 32
 
 
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_ssast_by_name(size):
+    patches = create_model(f"ssast_patch_{size}", num_classes=7, depth=1)
+    assert isinstance(patches, SSAST) and patches.positions.grid == (12, 101)
+    frames = create_model(f"ssast_frame_{size}", num_classes=7, depth=1, num_mels=64)
+    assert frames.positions.grid == (1, 1023) and frames.geometry.patch_size == (64, 2)
+    for model, kind, grid in ((patches, "patch", (8, 64)), (frames, "frame", (1, 512))):
+        num_mels = model.geometry.num_mels
+        name = f"ssast_{kind}_{size}"
+        pretraining = create_pretraining_model(name, depth=1, num_mels=num_mels)
+        assert isinstance(pretraining, SSASTPretraining) and pretraining.positions.grid == grid
+        model.start_from(pretraining)
+        assert torch.equal(model.patch_embed.proj.weight, pretraining.patch_embed.proj.weight)
+
+
 @pytest.mark.parametrize(
     "build, message",
     [
         (lambda: create_model("resnet", 5), "name must be one of ast_base, .*got 'resnet'"),
+        (lambda: create_pretraining_model("ast_tiny"), "to pre-train without .*got 'ast_tiny'"),
         (lambda: ElasticAST(5, pool="max"), "pool must be 'attention' or 'mean', got 'max'"),
+        (lambda: SSAST(5, pool="max"), "pool must be 'mean' or 'cls', got 'max'"),
         (lambda: ElasticAST(5, dim=25, num_heads=2, depth=1), r"dim \(25\).*num_heads \(2\)"),
         (lambda: AST(5, dim=25, num_heads=2, depth=1), r"dim \(25\).*num_heads \(2\)"),
         (lambda: AST(5, input_frames=15), r"input_frames \(15\) is shorter than a patch \(16"),
         (lambda: AST(5, num_mels=8), r"exceeds num_mels \(8\)"),
         (lambda: FlexiAST(5, resize="area"), "resize must be 'pi' or 'bilinear', got 'area'"),
     ],
-    ids=["name", "pool", "elastic-heads", "ast-heads", "input_frames", "num_mels", "resize"],
 )
 def test_wrong_models_say_so(build, message):
     with pytest.raises(ValueError, match=message):

@@ -6,7 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastast import TokenBudget
-from fastast.tokens import FactorisedPositions, GridPositions, PatchGeometry, SinCosPositions
+from fastast.tokens import (
+    FactorisedPositions,
+    GridPositions,
+    PatchGeometry,
+    SinCosPositions,
+    resize_positions,
+)
 
 FREQ, TIME, DIM = 3, 8, 6
 GEOMETRY = PatchGeometry(12, (4, 4))
@@ -81,6 +87,36 @@ def test_grid_positions_are_the_resized_table(widths):
     expected = torch.cat([row for w in widths for row in (prefix, resized_grid(table, w))])
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     check_gradients(positions, actual, expected)
+
+
+@pytest.mark.parametrize("time", [TIME, TIME + 1])
+def test_shorter_clips_may_use_the_columns_in_the_middle(time):
+    positions = randomised(GridPositions(2, FREQ, time, DIM, shorter="middle"))
+    widths = [*SHORT, 9, 30]
+    table = positions.table[2:].unflatten(0, (FREQ, time))
+    rows = clips_of(positions(grid_of(PREFIXED, widths)), PREFIXED, widths)
+    for width, clip in zip(widths, rows, strict=True):
+        assert torch.equal(clip[:2], positions.table[:2])
+        if width <= time:
+            begin = time // 2 - width // 2
+            assert torch.equal(clip[2:], table[:, begin : begin + width].flatten(0, 1))
+        else:
+            assert torch.equal(clip[2 : 2 + width : width - 1], table[0, :: time - 1])
+
+
+def test_an_unknown_way_to_be_short_says_so():
+    with pytest.raises(ValueError, match="shorter must be 'stretch' or 'middle', got 'last'"):
+        GridPositions(2, FREQ, TIME, DIM, shorter="last")
+
+
+def test_clips_of_another_width_are_as_in_the_adapted_table():
+    positions = randomised(GridPositions(2, FREQ, TIME, DIM, shorter="middle"))
+    for width in (3, 8, 13):
+        adapted = resize_positions(
+            positions.table, (FREQ, TIME), (FREQ, width), prefix=2, shrink="cut"
+        )
+        rows = positions(grid_of(PREFIXED, [width]))
+        torch.testing.assert_close(rows, adapted, rtol=0, atol=1e-5)
 
 
 def test_grid_positions_are_the_table_at_its_own_width():

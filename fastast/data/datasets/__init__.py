@@ -16,6 +16,7 @@ from fastast.data.datasets.audioset import audioset
 from fastast.data.datasets.epic_sounds import epic_sounds
 from fastast.data.datasets.esc50 import esc50
 from fastast.data.datasets.fsdd import fsdd
+from fastast.data.datasets.joint import joint
 from fastast.data.datasets.kinetics_sounds import KINETICS_SOUNDS_CLASSES, kinetics_sounds
 from fastast.data.datasets.librispeech import librispeech
 from fastast.data.datasets.plain import ast_json, csv_table, folder
@@ -32,6 +33,7 @@ DATASETS: dict[str, Callable[..., dict[str, Manifest]]] = {
     "epic_sounds": epic_sounds,
     "esc50": esc50,
     "fsdd": fsdd,
+    "joint": joint,
     "kinetics_sounds": kinetics_sounds,
     "librispeech": librispeech,
     "speech_commands": speech_commands,
@@ -82,6 +84,7 @@ __all__ = [
     "esc50",
     "folder",
     "fsdd",
+    "joint",
     "kinetics_sounds",
     "librispeech",
     "load_manifests",

@@ -24,7 +24,10 @@ def test_errors_name_what_there_is(tree):
 
 @pytest.mark.parametrize("kind", DATASETS)
 def test_every_reader_says_so_where_there_is_nothing(tree, kind):
-    options = {"labels": "a.csv", "train": "a.json"} if kind == "ast_json" else {}
+    options = {
+        "ast_json": {"labels": "a.csv", "train": "a.json"},
+        "joint": {"parts": [{"kind": "folder", "root": "clips"}]},
+    }.get(kind, {})
     with pytest.raises(ValueError, match=str(tree.root)):
         load_manifests(kind, tree.root / "gone", options)
 
