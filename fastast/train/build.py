@@ -138,8 +138,13 @@ def _supervised(recipe: Recipe, num_classes: int, multi_label: bool) -> Supervis
             "several: use binary_cross_entropy"
         )
     model = _build_model(recipe, partial(create_model, num_classes=num_classes))
-    smoothing = recipe.train.label_smoothing
-    return Supervised(model, _build_frontend(recipe), loss=loss, label_smoothing=smoothing)
+    return Supervised(
+        model,
+        _build_frontend(recipe),
+        loss=loss,
+        label_smoothing=recipe.train.label_smoothing,
+        seed=recipe.train.seed,
+    )
 
 
 def _ssast(recipe: Recipe) -> MaskedSpectrogramModeling:
@@ -220,13 +225,6 @@ def _build_frontend(recipe: Recipe) -> MelFrontend:
         noise=augment.noise,
         roll_frames=augment.roll_frames,
         fill=0.0 if front.preset == "htsat" else None,
-        seed=recipe.train.seed,
-    )
-    return Supervised(
-        model,
-        frontend,
-        loss=loss,
-        label_smoothing=recipe.train.label_smoothing,
         seed=recipe.train.seed,
     )
 
