@@ -70,8 +70,7 @@ class BatchBudget:
         def frames(num_tokens: int, clips: int) -> int:
             if token_drop:  # a clip keeps more than (1 - drop) * patches - 1
                 num_tokens = math.ceil((num_tokens + clips) / (1 - token_drop))
-            pooled = num_tokens // geometry.freq_patches * step + clips * (width - 1)
-            return pooled * geometry.time_pool + clips * (geometry.time_pool - 1)
+            return num_tokens // geometry.freq_patches * step + clips * (width - 1)
 
         longest = frames(tokens.max_length - geometry.prefix, 1)
         total = max(longest, frames(tokens.tokens, tokens.clips))

@@ -68,7 +68,7 @@ def test_recipe_trains(path, setting, tones, tmp_path):
     recipe = parsed(path, setting)
     family = recipe.model.name.rpartition("_")[0]
     recipe.data.kind, recipe.data.root, recipe.data.options = "folder", str(tones), {}
-    recipe.data.validation = 0.2
+    recipe.data.validation, recipe.data.clips_per_epoch = 0.2, None
     small = {"dim": 16, "depth": 1, "num_heads": 1}
     if family == "hts_at":
         small = {"dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}
