@@ -23,7 +23,6 @@ tells.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Literal
 
@@ -94,7 +93,7 @@ def resize_patch_kernel(
         _matrix(weight, old, new, method)
         for old, new in zip(weight.shape[-2:], (height, width), strict=True)
     ]
-    with _full_precision(weight):
+    with torch.autocast(_autocast_type(weight), enabled=False):
         return matrices[0] @ weight @ matrices[1].T
 
 
@@ -144,16 +143,14 @@ def resize_positions(
         elif new != old:
             kind = "bilinear" if shrink == "antialias" else "sampled"
             matrix = _matrix(table, old, new, kind)
-            with _full_precision(table):
+            with torch.autocast(_autocast_type(table), enabled=False):
                 patches = torch.tensordot(matrix, patches, ([1], [axis])).movedim(0, axis)
     return torch.cat([head, patches.flatten(0, 1)])
 
 
-def _full_precision(x: Tensor) -> AbstractContextManager:
-    """No autocast, on devices that have any; shapes alone, on ``meta``, have none."""
-    if torch.amp.is_autocast_available(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
+def _autocast_type(x: Tensor) -> str:
+    """The device type whose autocast concerns ``x``; shapes alone, on ``meta``, have none."""
+    return "cpu" if x.is_meta else x.device.type
 
 
 # An operator, so that compiled code takes the matrix from the cache instead of computing it, whose
