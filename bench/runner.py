@@ -1,7 +1,8 @@
 """Checks a case's contenders, then measures them in turn.
 
-Repetitions are interleaved (A, B, C, A, B, C, ...), so that what drifts, such as clocks,
-temperature or a neighbour's load, drifts for all alike. The median and the 20th and 80th
+Repetitions are interleaved (A, B, C, C, A, B, ...), so that what drifts, such as clocks,
+temperature or a neighbour's load, drifts for all alike. Each turn has an order of its own, so that
+none always follows the one that leaves the caches worst. The median and the 20th and 80th
 percentiles are kept.
 
 A peer that cannot do a case, or does something else, is recorded with the reason and not timed;
@@ -10,6 +11,7 @@ the others go on. Ours must do every case.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 
@@ -115,7 +117,7 @@ def measure(
     for standing in standings:
         standing.attempt(lambda standing=standing: _prepare(standing, clock, reps, plans))
     for turn in range(reps):
-        for standing, timer, count in plans:
+        for standing, timer, count in random.Random(turn).sample(plans, len(plans)):
             # Fewer repetitions are spread over all turns.
             if (turn + 1) * count // reps > turn * count // reps:
                 standing.attempt(lambda s=standing, timer=timer: s.times.append(timer()))
