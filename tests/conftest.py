@@ -45,8 +45,15 @@ def nothing_left_running():
 
 
 def running() -> set:
-    """Processes that multiprocessing has started, and threads that are not daemons."""
-    threads = (thread for thread in threading.enumerate() if not thread.daemon)
+    """Processes that multiprocessing has started, and threads that are not daemons.
+
+    Not the pools that PyTorch's compiler keeps, nameless and idle, which Python ends at its exit.
+    """
+    threads = (
+        thread
+        for thread in threading.enumerate()
+        if not thread.daemon and not thread.name.startswith("ThreadPoolExecutor-")
+    )
     return {*multiprocessing.active_children(), *threads}
 
 
