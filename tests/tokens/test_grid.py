@@ -82,7 +82,10 @@ def test_patchify_unfolds_each_clip(geometry, budgeted, kept):
     frames = stream.frames.requires_grad_()
     actual = patchify(frames, grid, geometry)
     expected = expected_tokens(stream.unpack(), geometry, budget, keep)
-    torch.testing.assert_close(actual, expected, rtol=1e-14, atol=1e-14)
+    if geometry.time_pool > 1 and geometry.time_pooling == "average":
+        torch.testing.assert_close(actual, expected, rtol=1e-14, atol=1e-14)  # sums, in an order
+    else:
+        assert torch.equal(actual, expected)
 
     weights = torch.randn_like(actual)
     (grad,) = torch.autograd.grad(actual, frames, weights)
