@@ -9,6 +9,7 @@ import torch
 from fastast import Segments, TokenBudget
 from fastast.kernels import packed_attention as kernels
 from fastast.kernels.packed_attention import _rows, launch, tiled, whole
+from fastast.kernels.packed_attention.configs import Config, Launch
 from fastast.ops import packed_attention
 from tests.testing import (
     GEOMETRIES,
@@ -50,10 +51,10 @@ def inputs_of(geometry, dtype=torch.float32, head_dim=24):
     return (q, k, v), grad
 
 
-def run(geometry, inputs, grad, bound=1, scale=SCALE):
+def run(geometry, inputs, grad, bound=1, scale=SCALE, config=None):
     """Output, gradients and log-sum-exp; what a kernel leaves unwritten is NaN."""
     segments = geometry.segments
-    table = (segments.offsets, segments.tiles, max(bound, segments.max_length), scale)
+    table = (segments.offsets, segments.tiles, max(bound, segments.max_length), scale, config)
     with poisoned_memory():
         out, lse = kernels.forward(*inputs, *table)
         grads = tuple(x.new_empty(x.shape) for x in inputs)
@@ -68,10 +69,10 @@ def specification(geometry, inputs, grad, scale=SCALE):
     return forward_and_gradients(attention, inputs, grad)
 
 
-def check(geometry, inputs, grad, bound, scale=SCALE):
+def check(geometry, inputs, grad, bound, scale=SCALE, config=None):
     eager = specification(geometry, inputs, grad, scale)
     truth = specification(geometry, [x.double() for x in inputs], grad.double(), scale)
-    assert_as_accurate(run(geometry, inputs, grad, bound, scale)[0], eager, truth)
+    assert_as_accurate(run(geometry, inputs, grad, bound, scale, config)[0], eager, truth)
 
 
 @every_geometry
@@ -85,6 +86,20 @@ def test_as_accurate_as_eager(geometry, bound):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_other_precisions(name, bound, dtype, architecture):
     check(SHAPES[name], *inputs_of(SHAPES[name], dtype), bound)
+
+
+WIDE = Launch(128, 64, 8, 2)
+OTHER_LAUNCHES = {
+    "tiled": Config((), (), WIDE, WIDE, WIDE),
+    "whole": Config((Launch(128, 128, 8, 1),), (Launch(128, 128, 8, 1),), WIDE, WIDE, WIDE),
+}
+
+
+@some_geometries
+@pytest.mark.parametrize("config", OTHER_LAUNCHES.values(), ids=OTHER_LAUNCHES)
+def test_launches_of_128_rows(name, config):
+    """Two tiles to a program, or one block of them: what bench.launches times beside ours."""
+    check(SHAPES[name], *inputs_of(SHAPES[name], torch.bfloat16), 1, config=config)
 
 
 @every_regime
