@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from fastast.interop import ast, elastic_ast, flexi_ast, hts_at, ssast
+from fastast.interop import ast, elastic_ast, flexi_ast, hts_at, ssast, vit
 
 _CONVERTERS: dict[str, Callable[[dict[str, Tensor], dict], nn.Module]] = {
     "ast": ast.from_state_dict,
@@ -14,6 +14,7 @@ _CONVERTERS: dict[str, Callable[[dict[str, Tensor], dict], nn.Module]] = {
     "flexi_ast": flexi_ast.from_state_dict,
     "hts_at": hts_at.from_state_dict,
     "ssast": ssast.from_state_dict,
+    "vit": vit.from_state_dict,
 }
 
 
@@ -25,8 +26,9 @@ def from_reference(
     Args:
         state_dict: as published; a leading ``module.`` of each key is ignored.
         family: ``"ast"`` (YuanGongND/ast), ``"ssast"`` (YuanGongND/ssast), ``"elastic_ast"``
-            (JiuFengSC/ElasticAST), ``"flexi_ast"`` (JiuFengSC/FlexiAST_INTERSPEECH23) or
-            ``"hts_at"`` (RetroCirce/HTS-Audio-Transformer).
+            (JiuFengSC/ElasticAST), ``"flexi_ast"`` (JiuFengSC/FlexiAST_INTERSPEECH23),
+            ``"hts_at"`` (RetroCirce/HTS-Audio-Transformer), or, of images and without a classifier,
+            ``"vit"`` (timm's ViT and DeiT).
         config: what the keys cannot say, as the family's converter documents.
 
     Returns:

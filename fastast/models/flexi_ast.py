@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from fastast.models.ast import AST
+from fastast.models.grid_vit import GridViT, check_class_tokens, take_over
 from fastast.models.vit import as_stream, register_sizes
 from fastast.segments import Spectrograms
 from fastast.tokens import (
@@ -86,28 +86,24 @@ class FlexiAST(AST):
         """What lists the tokens of clips in patches of that size, ``(mel bins, frames)``."""
         return self.geometry.with_patch_size(patch_size)
 
-    @torch.no_grad()
-    def start_from(self, other: AST) -> None:
+    def start_from(self, other: GridViT) -> None:
         """Takes over a trained AST, as flexification begins: all of it, resized to this model.
 
         The kernel gets this model's ``patch_size`` by its ``resize``, whatever the strides are; the
-        table of positions gets its grid, averaged where that is coarser. Norm and classifier are
-        taken where the classes are as many, and stay as they are elsewhere.
+        table of positions gets its grid, averaged where that is coarser. Norm and classifier come
+        along where the classes are as many. Other models are taken over as by any AST.
 
         Args:
-            other: with a trunk of the same size, such as an AST of patches of 8 x 8 or 16 x 16.
+            other: with a trunk of the same size: an AST of patches of any size, such as 8 x 8 or
+                16 x 16; or a ViT or SSAST with this model's.
 
         Raises:
-            ValueError: it is no AST, or has class tokens or a trunk of another number or size.
+            ValueError: class tokens, patches or trunk of another number or size.
         """
         if not isinstance(other, AST):
-            raise ValueError(f"a FlexiAST starts from an AST, not from {type(other).__name__}")
-        if other.geometry.prefix != self.geometry.prefix:
-            raise ValueError(
-                f"the AST has {other.geometry.prefix} class tokens, this model "
-                f"{self.geometry.prefix}: set model.distilled as the AST has it"
-            )
-        own, weights = self.state_dict(), dict(other.state_dict())
+            return super().start_from(other)
+        check_class_tokens(self, other)
+        weights = {name: value.detach() for name, value in other.state_dict().items()}
         kernel = weights["patch_embed.proj.weight"].unflatten(1, other.geometry.patch_size)
         kernel = resize_patch_kernel(kernel, self.geometry.patch_size, self.patch_embed.resize)
         weights["patch_embed.proj.weight"] = kernel.flatten(1)
@@ -118,18 +114,11 @@ class FlexiAST(AST):
             prefix=self.geometry.prefix,
             shrink="antialias",
         )
-        if weights["head.weight"].shape != own["head.weight"].shape:
-            classifier = ("norm.", "head.")
-            weights |= {name: own[name] for name in own if name.startswith(classifier)}
-        different = [
-            name for name in own if name not in weights or weights[name].shape != own[name].shape
-        ]
-        if wrong := different or sorted(weights.keys() - own.keys()):
-            raise ValueError(
-                f"{wrong[0]} is not as in the AST: the trunk must be of the same dim, depth and "
-                "num_heads"
-            )
-        self.load_state_dict(weights)
+        if weights["head.weight"].shape == self.head.weight.shape:
+            return take_over(self, weights, new=())
+        new = ("norm.", "head.")
+        weights = {name: value for name, value in weights.items() if not name.startswith(new)}
+        take_over(self, weights, new=new)
 
     def forward(
         self,

@@ -207,10 +207,10 @@ def test_other_classes_have_a_new_classifier():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: ElasticAST(CLASSES, **SIZE), "starts from an AST, not from ElasticAST"),
-        (lambda: trained(distilled=True), "has 2 class tokens, this model 1: set model.distilled"),
-        (lambda: trained(depth=1), "trunk.blocks.1.* is not as in the AST: the trunk must"),
-        (lambda: trained(depth=3), "trunk.blocks.2.* is not as in the AST: the trunk must"),
+        (lambda: ElasticAST(CLASSES, **SIZE), "starts from a ViT, an AST or an SSAST, not from"),
+        (lambda: trained(distilled=True), "has 2 class tokens, this one 1: choose"),
+        (lambda: trained(depth=1), "trunk.blocks.1.* is not as in the pre-trained weights"),
+        (lambda: trained(depth=3), "trunk.blocks.2.* is not as in the pre-trained weights"),
     ],
 )
 def test_what_does_not_fit_says_so(make, message):
