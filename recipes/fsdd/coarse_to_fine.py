@@ -254,10 +254,10 @@ tell few models apart at 99 %, so whole runs say more.
 
 ## Beyond the paper
 
-An ElasticAST of the same size on clips of their own lengths, official split, {SEEDS} seeds; all but the
-baseline have 22 epochs. The optimiser's running means go on from phase to phase; the frame shift
-falls by the same ratio from each epoch to the next; each clip draws one of four frame shifts anew in
-each epoch.
+An ElasticAST of the same size on clips of their own lengths, official split, {SEEDS} seeds; all but
+the baseline have 22 epochs. The optimiser's running means go on from phase to phase; the frame
+shift falls by the same ratio from each epoch to the next; each clip draws one of four frame shifts
+anew in each epoch.
 
 {comparison_table(runs, BEYOND, to_own)}
 
