@@ -17,6 +17,7 @@ COMMANDS = {
     "embed": "Writes a trained model's embeddings of clips, for use elsewhere.",
     "features": "Writes and draws the log-mel features of audio files.",
     "report": "Compares runs: results, settings that differ, learning curves.",
+    "tokens": "Says what fixed lengths and packing make of clips: tokens padded, tokens cut.",
     "doctor": "Checks this installation and says what to mend.",
 }
 

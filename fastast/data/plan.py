@@ -16,6 +16,7 @@ import torch
 
 from fastast.data.batch import BatchBudget, padded_samples
 from fastast.data.dataset import AudioDataset
+from fastast.data.frames import samples_in
 from fastast.data.packing import pack
 from fastast.data.sampling import Crop, Mixup, Sampler
 from fastast.ops.mel_plan import Framing, hop_from_ms
@@ -347,7 +348,7 @@ class Planner:
     def _limit(self, num_samples: np.ndarray, frame_shift: np.ndarray | int) -> np.ndarray:
         """Samples that are used of so many."""
         if self.max_seconds is not None and self.crop is None:
-            most = int(self.max_seconds * self.dataset.sample_rate)
+            most = samples_in(self.max_seconds, self.dataset.sample_rate)
             num_samples = np.minimum(num_samples, most)
         if self.dense_frames is not None:
             most = self.framing.least_samples(self.dense_frames, frame_shift)

@@ -18,6 +18,7 @@ from fastast.data import (
     Sampler,
     mixed_frame_shifts,
     padded_samples,
+    samples_in,
 )
 from fastast.data.datasets import load_manifests
 from fastast.frontend import MelFrontend
@@ -265,7 +266,14 @@ def fixed_frames(recipe: Recipe, seconds: float, frame_shift_ms: float) -> int:
     """Frames of a clip of so many seconds."""
     rate = recipe.data.sample_rate
     shift = hop_from_ms(frame_shift_ms, rate)
-    return int(framing_of(recipe).num_frames(int(seconds * rate), shift))
+    return int(framing_of(recipe).num_frames(samples_in(seconds, rate), shift))
+
+
+def seconds_of(recipe: Recipe, frames: int) -> float:
+    """How long the shortest clip of so many frames is, at ``frontend.frame_shift_ms``."""
+    rate = recipe.data.sample_rate
+    shift = hop_from_ms(recipe.frontend.frame_shift_ms, rate)
+    return int(framing_of(recipe).least_samples(frames, shift)) / rate
 
 
 def make_loader(
@@ -338,7 +346,7 @@ def make_loader(
             geometry = replace(geometry, time_pool=time_pool or min(pools))
         rate = recipe.data.sample_rate
         samples = int(max(dataset.lengths))
-        samples = samples if limit is None else min(samples, int(limit * rate))
+        samples = samples if limit is None else min(samples, samples_in(limit, rate))
         hop = hop_from_ms(shifts[0], rate)
         samples = padded_samples(samples, geometry.min_frames(), framing, hop)
         frames = dense_frames or int(framing.num_frames(samples, hop))

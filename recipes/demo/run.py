@@ -30,7 +30,6 @@ from fastast.train.figures import plot_curves
 HERE = Path(__file__).resolve().parent
 MODELS = {"ElasticAST, native lengths": "elastic_ast", "AST, fixed at 1 s": "ast"}
 LENGTHS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
-FRAME_SHIFT_MS = 10.0
 COMPRESSION = (1.0, 1.4, 2.0, 2.6, 3.2, 4.0)
 
 console = Console()
@@ -67,7 +66,7 @@ def main() -> None:
 
     console.print(comparison(curves))
     figure = options.run_dir / "demo.png"
-    plot_curves(curves, figure, frame_shift_ms=FRAME_SHIFT_MS)
+    plot_curves(curves, figure)
     (options.run_dir / "demo.json").write_text(json.dumps(curves, indent=1) + "\n")
     console.print(
         f"The figure is {figure}. Took {(time.perf_counter() - started) / 60:.1f} minutes.\n"
@@ -111,7 +110,7 @@ def comparison(curves: dict[str, dict[str, list[dict]]]) -> Table:
     table.add_section()
     for index, row in enumerate(first["compression"]):
         cells = [f"{rows['compression'][index]['accuracy']:.1%}" for rows in curves.values()]
-        table.add_row(f"frame shift {FRAME_SHIFT_MS * row['at']:g} ms", *cells)
+        table.add_row(f"frame shift {row['frame_shift_ms']:g} ms", *cells)
     return table
 
 
