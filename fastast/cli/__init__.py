@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "Writes a model as ONNX or torch.export, which needs nothing of fastast.",
     "features": "Writes and draws the log-mel features of audio files.",
     "report": "Compares runs: results, settings that differ, learning curves.",
+    "tokens": "Says what fixed lengths and packing make of clips: tokens padded, tokens cut.",
     "doctor": "Checks this installation and says what to mend.",
 }
 
