@@ -46,6 +46,9 @@ def main(argv: list[str]) -> None:
         "--patch-sizes", type=str, help="of a FlexiAST, such as 8,16,16x32 (mel bins x frames)"
     )
     parser.add_argument(
+        "--rolls", type=int, default=1, help="beginnings to hear clips from, 10 for HTS-AT"
+    )
+    parser.add_argument(
         "--per-class", action="store_true", help="list, write and draw the score of each class"
     )
     options = parser.parse_args(argv)
@@ -66,7 +69,9 @@ def main(argv: list[str]) -> None:
     what = options.folder or f"{options.split} set"
     workers = pick_workers(recipe.train, device, 1)
     loader = make_loader(recipe, dataset, method.model.geometry, workers=workers)
-    whole = evaluate(method, loader, device, title=f"Evaluating {what}")
+    whole = evaluate(method, loader, device, rolls=options.rolls, title=f"Evaluating {what}")
+    if options.rolls > 1:
+        what = f"{what}, mean of {options.rolls} rolls"
     rows = evaluate_over(
         method,
         recipe,

@@ -227,7 +227,8 @@ class ModelConfig:
             the least.
         time_pooling: ``average`` or ``max``.
         init: pre-trained weights to start from: a run directory, a ``model.safetensors``, or a
-            ``.pth`` as SSAST's authors publish it. Positions are adapted. For SSAST.
+            ``.pth`` as SSAST's authors publish it. Positions are adapted; FlexiAST's kernel is
+            resized, too, where it starts from a trained AST. For SSAST, AST and their kind.
     """
 
     name: str = "elastic_ast_tiny"
