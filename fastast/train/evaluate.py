@@ -210,12 +210,13 @@ def evaluate_over(
     *,
     lengths: Sequence[float] = (),
     compression: Sequence[float] = (),
+    time_pools: Sequence[int] = (),
     patch_sizes: Sequence[int | tuple[int, int]] = (),
     device: torch.device | str = "cpu",
     workers: int = 0,
     title: str | None = None,
 ) -> dict[str, list[dict]]:
-    """Evaluates at several lengths, frame shifts and patch sizes.
+    """Evaluates at several lengths, frame shifts, poolings and patch sizes.
 
     A model of fixed input size is given clips cut and padded to each length, as in the
     ElasticAST paper (section 3.3); other models are given clips cut to it, never padded.
@@ -225,14 +226,16 @@ def evaluate_over(
         dataset: the clips.
         lengths: in seconds.
         compression: factors on ``frontend.frame_shift_ms``.
+        time_pools: numbers of frames that are pooled to one (ElasticAST, section 3.5).
         patch_sizes: mel bins and frames, or one number for both; for a FlexiAST.
         device: of the method.
         workers: processes that decode; 0 leaves it to a thread.
         title: of a progress bar, as for :func:`evaluate`.
 
     Returns:
-        ``{"lengths": [...], "compression": [...], "patch_sizes": [...]}`` of rows with ``at`` (the
-        length or factor; mel bins and frames) and all of :meth:`Score.to_dict`.
+        ``{"lengths": [...], "compression": [...], "time_pools": [...], "patch_sizes": [...]}`` of
+        rows with ``at`` (the length, factor or number; mel bins and frames), for the factors
+        ``frame_shift_ms``, and all of :meth:`Score.to_dict`.
 
     Raises:
         ValueError: ``patch_sizes`` for another model.
@@ -245,8 +248,13 @@ def evaluate_over(
         loader = make_loader(recipe, dataset, geometry, workers=workers, **setting)
         return {"at": at} | evaluate(method, loader, device, title=title).to_dict()
 
+    shift = recipe.frontend.frame_shift_ms
     return {
         "lengths": [row(seconds, seconds=seconds) for seconds in lengths],
-        "compression": [row(factor, compression=factor) for factor in compression],
+        "compression": [
+            row(factor, compression=factor) | {"frame_shift_ms": round(factor * shift, 6)}
+            for factor in compression
+        ],
+        "time_pools": [row(pool, time_pool=pool) for pool in time_pools],
         "patch_sizes": [row(list(each.patch_size), each) for each in geometries],
     }
