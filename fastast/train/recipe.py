@@ -226,9 +226,9 @@ class ModelConfig:
             clip draws one in each epoch of training (ElasticAST, section 3.5), and evaluation takes
             the least.
         time_pooling: ``average`` or ``max``.
-        init: pre-trained weights to start from: a run directory, a ``model.safetensors``, or a
-            ``.pth`` as SSAST's authors publish it. Positions are adapted; FlexiAST's kernel is
-            resized, too, where it starts from a trained AST. For SSAST, AST and their kind.
+        init: pre-trained weights to start from: a run directory, a ``model.safetensors``, or a file
+            as others publish it: of SSAST, AST, or an ImageNet ViT or DeiT. Positions are adapted;
+            FlexiAST's kernel is resized, too, where it starts from a trained AST. Not for HTS-AT.
     """
 
     name: str = "elastic_ast_tiny"
