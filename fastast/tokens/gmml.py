@@ -40,10 +40,10 @@ FILLS = ("zeros", "noise", "time_stripes", "freq_stripes")
 
 _BLOCKS = purpose_key("gmml blocks")
 _NOISE = purpose_key("gmml noise")
-CHUNK = 2**18
-"""Pixels that a CPU works on at a time, in its cache. Other devices, and compiled code, take all."""
-
 _HEAD = 3  # draws of a clip ahead of its blocks: alien or not, share, partner
+
+CHUNK = 2**18
+"""Pixels that a CPU works on at a time, in its cache. Compiled code and other devices take all."""
 
 
 class Blocks(NamedTuple):
