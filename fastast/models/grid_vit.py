@@ -19,7 +19,7 @@ from fastast.models.flops import Flops
 from fastast.models.vit import PatchEmbed, Trunk, as_stream, init_vit_weights
 from fastast.nn import MeanPool
 from fastast.segments import Spectrograms
-from fastast.tokens import GridPositions, PatchGeometry, PatchGrid
+from fastast.tokens import GridPositions, PatchGeometry, PatchGrid, resize_positions
 
 
 class GridViT(nn.Module):
@@ -94,6 +94,14 @@ class GridViT(nn.Module):
         ``[rows, dim]``."""
         return self.assemble(self.patch_embed(frames, grid), grid)
 
+    def encoding_flops(self, tokens: Sequence[int] | np.ndarray) -> Flops:
+        """Of all up to the trunk's end, for clips of so many tokens each, the class tokens
+        included; see :mod:`fastast.models.flops`."""
+        tokens = np.asarray(tokens, np.int64)
+        total, clips = int(tokens.sum()), int((tokens > 0).sum())
+        first = flops.embedding(self.patch_embed, total - self.geometry.prefix * clips)
+        return Flops(first + flops.blocks(self.trunk, total, flops.pairs(tokens)), first)
+
     def assemble(self, embedded: Tensor, grid: PatchGrid) -> Tensor:
         """Patch embeddings with class tokens and positions, both ``[rows, dim]``."""
         prefix = F.embedding(grid.prefix_id.clamp(min=0), self.prefix).to(embedded.dtype)
@@ -134,16 +142,93 @@ class GridClassifier(GridViT):
         """
         return self.head(self.embed(inputs, grid))
 
+    def start_from(self, other: GridViT) -> None:
+        """Takes over all but norm and classifier, the table of positions adapted to this grid.
+
+        Where this grid has fewer patches along an axis, the middle of the table is taken; where it
+        has more, the table is resized bilinearly (AST, section 2.2, from images; SSAST).
+
+        Args:
+            other: a model with patches and a trunk of the same sizes, such as one that was
+                pre-trained, or :func:`~fastast.from_reference` makes of a ViT; its stride, mel bins
+                and ``input_frames`` may be others.
+
+        Raises:
+            ValueError: class tokens, patches or trunk of another number or size.
+        """
+        check_source(self, other)
+        check_class_tokens(self, other)
+        weights = {
+            name: value
+            for name, value in other.state_dict().items()
+            if name.startswith(("patch_embed.", "prefix", "positions.", "trunk."))
+        }
+        weights["positions.table"] = resize_positions(
+            weights["positions.table"],
+            other.positions.grid,
+            self.positions.grid,
+            prefix=self.geometry.prefix,
+            shrink="cut",
+        )
+        take_over(self, weights, new=("norm.", "head."))
+
     def flops(self, tokens: Sequence[int] | np.ndarray) -> Flops:
         """Of clips of so many tokens each, the class tokens included; see
         :mod:`fastast.models.flops`."""
-        tokens = np.asarray(tokens, np.int64)
-        tokens = tokens[tokens > 0]
-        total, clips = int(tokens.sum()), len(tokens)
-        first = flops.embedding(self.patch_embed, total - self.geometry.prefix * clips)
-        trunk = flops.blocks(self.trunk, total, flops.pairs(tokens))
+        clips = int((np.asarray(tokens) > 0).sum())
         head = flops.linear(clips, self.head.in_features, self.head.out_features)
-        return Flops(first + trunk + head, first)
+        return self.encoding_flops(tokens) + Flops(head, 0)
+
+
+def check_source(model: nn.Module, other: nn.Module) -> None:
+    """Raises ValueError unless ``model`` can start from ``other``: a ViT with its patches."""
+    if not isinstance(other, GridViT):
+        raise ValueError(
+            f"{type(model).__name__} starts from a ViT, an AST or an SSAST, not from "
+            f"{type(other).__name__}"
+        )
+    own, theirs = model.geometry.patch_size, other.geometry.patch_size
+    if own != theirs:
+        raise ValueError(
+            f"patch_size {own} differs from the pre-trained {theirs}: use patches of one size"
+        )
+
+
+def check_class_tokens(model: GridViT, other: GridViT) -> None:
+    """Raises ValueError unless ``model`` has as many class tokens as the ``other``."""
+    own, theirs = model.geometry.prefix, other.geometry.prefix
+    if own != theirs:
+        raise ValueError(
+            f"the pre-trained model has {theirs} class tokens, this one {own}: choose one with as "
+            "many (AST's distilled says whether there is a second)"
+        )
+
+
+@torch.no_grad()
+def take_over(model: nn.Module, weights: dict[str, Tensor], *, new: tuple[str, ...]) -> None:
+    """Puts pre-trained weights into a model, which has all of them but what is new.
+
+    Args:
+        model: to be filled.
+        weights: by the model's names.
+        new: beginnings of the names that stay as they are.
+
+    Raises:
+        ValueError: a weight is missing, too many or of another shape.
+    """
+    own = model.state_dict()
+    wrong = [
+        name
+        for name in own
+        if not name.startswith(new)
+        and (name not in weights or weights[name].shape != own[name].shape)
+    ] or sorted(weights.keys() - own.keys())
+    if wrong:
+        raise ValueError(
+            f"{wrong[0]} is not as in the pre-trained weights: the trunk must be of the same "
+            "dim, depth and num_heads"
+        )
+    model.load_state_dict(weights, strict=False)
 
 
 def mean_of_class_tokens(features: Tensor, grid: PatchGrid) -> Tensor:

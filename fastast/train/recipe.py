@@ -222,10 +222,13 @@ class ModelConfig:
             long; SSAST's are by default as long as ``data.max_seconds``.
         resize: of FlexiAST's kernel, ``pi`` or ``bilinear``.
         distilled: whether AST and FlexiAST have a distillation token beside the class token.
-        time_pool: frames that are pooled into one before patches are cut.
+        time_pool: frames that are pooled into one before patches are cut. Of several numbers, each
+            clip draws one in each epoch of training (ElasticAST, section 3.5), and evaluation takes
+            the least.
         time_pooling: ``average`` or ``max``.
         init: pre-trained weights to start from: a run directory, a ``model.safetensors``, or a
-            ``.pth`` as SSAST's authors publish it. Positions are adapted. For SSAST.
+            ``.pth`` as SSAST's authors publish it. Positions are adapted; FlexiAST's kernel is
+            resized, too, where it starts from a trained AST. For SSAST, AST and their kind.
     """
 
     name: str = "elastic_ast_tiny"
@@ -239,7 +242,7 @@ class ModelConfig:
     input_frames: int | None = None
     resize: str | None = None
     distilled: bool | None = None
-    time_pool: int | None = None
+    time_pool: int | list[int] | None = None
     time_pooling: Literal["average", "max"] | None = None
     depths: list[int] | None = None
     image_size: int | None = None
@@ -250,6 +253,16 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "model")
+        if not self.time_pools or min(self.time_pools) < 1:
+            raise ValueError(
+                f"model.time_pool must be a number of frames, or several; got {self.time_pool}"
+            )
+
+    @property
+    def time_pools(self) -> list[int]:
+        """What ``time_pool`` may be for a clip."""
+        pools = 1 if self.time_pool is None else self.time_pool
+        return [pools] if isinstance(pools, int) else list(pools)
 
 
 @dataclass
@@ -382,6 +395,9 @@ class PhaseConfig:
 
     Args:
         compression: factor C on the time from one patch to the next; 1 is the recipe as it stands.
+        to: let C fall from ``compression`` to this, by the same ratio from each epoch of the phase
+            to the next, which goes beyond the paper. For ``by: frame_shift``, and models that take
+            any time resolution. Default: C stays.
         by: how time is compressed: ``frame_shift`` makes the frame shift C times as long,
             ``average`` and ``max`` pool C frames into one, and ``patch`` makes patches C times as
             wide. All but the first need a whole C.
@@ -397,6 +413,7 @@ class PhaseConfig:
     """
 
     compression: float = 1.0
+    to: float | None = None
     by: Literal["frame_shift", "average", "max", "patch"] = "frame_shift"
     epochs: int | None = None
     steps: int | None = None
@@ -414,6 +431,17 @@ class PhaseConfig:
                 f"phases.compression must be a whole number with by: {self.by}, got "
                 f"{self.compression}"
             )
+        if self.to is not None:
+            if self.by != "frame_shift":
+                raise ValueError(
+                    f"phases.to lets the frame shift glide, and phases.by is {self.by}: choose by: "
+                    "frame_shift, or leave to out"
+                )
+            if not 0 < self.to < self.compression:
+                raise ValueError(
+                    f"phases.to must be positive and less than phases.compression "
+                    f"({self.compression}), got {self.to}"
+                )
         for name in ("epochs", "steps"):
             value = getattr(self, name)
             if value is not None and value < 1:

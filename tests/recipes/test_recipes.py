@@ -72,7 +72,7 @@ def test_recipe_trains(path, setting, tones, tmp_path):
     small = {"dim": 16, "depth": 1, "num_heads": 1}
     if family == "hts_at":
         small = {"dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}
-    recipe.model = replace(recipe.model, name=f"{family}_tiny", **small)
+    recipe.model = replace(recipe.model, name=f"{family}_tiny", init=None, **small)
     recipe.train = replace(recipe.train, max_steps=2, max_tokens=None, batch_clips=2, device="cpu")
     fit(recipe, tmp_path, quiet=True)
     phases = RunDirectory(tmp_path).metrics("phase")
@@ -86,6 +86,7 @@ def test_demo_on_a_folder_of_ones_own(tones, tmp_path):
         result = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert result.returncode == 0, result.stderr
     assert "frame shift 40 ms" in result.stdout
-    assert (tmp_path / "demo" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("demo.png", "recording.png"):
+        assert (tmp_path / "demo" / name).read_bytes().startswith(b"\x89PNG")
     curves = json.loads((tmp_path / "demo" / "demo.json").read_text())
     assert [row["at"] for row in curves["AST, fixed at 1 s"]["lengths"]] == [0.5, 1.0]
