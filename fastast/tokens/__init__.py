@@ -3,6 +3,7 @@
 from fastast.tokens.fold import FoldGeometry, FoldGrid, fold_frames, fold_patches
 from fastast.tokens.gmml import GMML, Corrupted, corrupted_share
 from fastast.tokens.grid import PatchGeometry, PatchGrid, kept_patches, random_keep
+from fastast.tokens.masked import MaskedGeometry, MaskedGrid, Split
 from fastast.tokens.masking import ClusteredMask, Mask, StructuredMask, UnstructuredMask
 from fastast.tokens.patchify import patchify
 from fastast.tokens.positions import (
@@ -22,10 +23,13 @@ __all__ = [
     "FoldGrid",
     "GridPositions",
     "Mask",
+    "MaskedGeometry",
+    "MaskedGrid",
     "PatchGeometry",
     "PatchGrid",
     "ResizedPositions",
     "SinCosPositions",
+    "Split",
     "StructuredMask",
     "UnstructuredMask",
     "corrupted_share",
