@@ -24,10 +24,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastast.models.flops import Flops, linear, pairs
 from fastast.ops import info_nce
 from fastast.random import purpose_key
 from fastast.tokens import Mask, PatchGrid
@@ -122,6 +124,26 @@ class MaskedSpectrogramModeling(nn.Module):
             "generative": generative.detach(),
             "accuracy": accuracy,
         }
+
+    def flops(self, batch: Batch) -> int:
+        """Of a training step on a batch, filterbank and optimiser apart; see
+        :mod:`fastast.models.flops`.
+
+        Heads and losses are counted at the masked patches, whose results alone are used.
+        """
+        lengths = batch.grid.segments.host_offsets.diff().numpy().astype(np.int64)
+        lengths = lengths[lengths > 0]
+        geometry, model = self.model.geometry, self.model
+        times = (lengths - geometry.prefix) // geometry.freq_patches
+        kept = self.mask.num_kept(geometry.freq_patches, times)
+        masked = geometry.freq_patches * times - kept
+        rows, pixels = int(masked.sum()), geometry.patch_size[0] * geometry.patch_size[1]
+        total = model.encoding_flops(lengths)
+        if self.separate_masks:
+            total = total + total
+        scores = linear(pairs(masked), pixels, 1)  # of predictions with patches, which are given
+        total += model.head_flops(rows) + model.head_flops(rows) + Flops(scores, scores)
+        return total.training
 
     def _draw_mask(self, batch: Batch, seed: int) -> Tensor:
         return self.mask(

@@ -95,6 +95,14 @@ class Encoder(nn.Module):
         tokens = torch.where((grid.prefix_id >= 0)[:, None], prefix, embedded)
         return self.trunk(tokens + self.positions(grid), grid.segments, drops)
 
+    def encoding_flops(self, tokens: Sequence[int] | np.ndarray) -> Flops:
+        """Of the encoder, for clips of so many tokens each that it sees, the class token included;
+        see :mod:`fastast.models.flops`."""
+        tokens = np.asarray(tokens, np.int64)
+        total, clips = int(tokens.sum()), int((tokens > 0).sum())
+        first = flops.embedding(self.patch_embed, total - self.geometry.prefix * clips)
+        return Flops(first + flops.blocks(self.trunk, total, flops.pairs(tokens)), first)
+
 
 class AudioMAE(Encoder):
     """Classifier for spectrograms of any lengths, fine-tuned from a pre-trained encoder.
@@ -198,10 +206,9 @@ class AudioMAE(Encoder):
     def flops(self, tokens: Sequence[int] | np.ndarray) -> Flops:
         """Of clips of so many tokens each, the class token included; see
         :mod:`fastast.models.flops`."""
-        encoder = _encoder_flops(self, np.asarray(tokens, np.int64))
         clips = int((np.asarray(tokens) > 0).sum())
         head = flops.linear(clips, self.head.in_features, self.head.out_features)
-        return Flops(encoder.forward + head, encoder.first)
+        return self.encoding_flops(tokens) + Flops(head, 0)
 
     @torch.no_grad()
     def start_from(self, other: AudioMAE | AudioMAEPretraining) -> None:
@@ -488,17 +495,8 @@ class AudioMAEPretraining(Encoder):
             windows = WindowGrids.from_sizes(sizes, geometry.window, shift)
             total += window_attention_flops(windows.host_windows, 1, dim)
         total += len(decoder.global_blocks) * flops.attention(flops.pairs(lengths), dim)
-        restored = flops.linear(int((patches - kept).sum()), dim, decoder.head.out_features)
-        encoder = _encoder_flops(self, seen)
-        return Flops(encoder.forward + total + restored, encoder.first)
-
-
-def _encoder_flops(model: Encoder, tokens: np.ndarray) -> Flops:
-    """The encoder's share, of clips of so many tokens each that it sees."""
-    tokens = tokens[tokens > 0]
-    total = int(tokens.sum())
-    first = flops.embedding(model.patch_embed, total - model.geometry.prefix * len(tokens))
-    return Flops(first + flops.blocks(model.trunk, total, flops.pairs(tokens)), first)
+        total += flops.linear(int((patches - kept).sum()), dim, decoder.head.out_features)
+        return self.encoding_flops(seen) + Flops(total, 0)
 
 
 def _init_linear(module: nn.Module) -> None:

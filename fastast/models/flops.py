@@ -24,11 +24,15 @@ class Flops:
 
     Attributes:
         forward: of the forward.
-        first: the part of it that is the first layer, whose input needs no gradient.
+        first: the part of it that is the first layer, or has another operand that needs no
+            gradient.
     """
 
     forward: int
     first: int
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.forward + other.forward, self.first + other.first)
 
     @property
     def training(self) -> int:

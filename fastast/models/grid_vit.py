@@ -94,6 +94,14 @@ class GridViT(nn.Module):
         ``[rows, dim]``."""
         return self.assemble(self.patch_embed(frames, grid), grid)
 
+    def encoding_flops(self, tokens: Sequence[int] | np.ndarray) -> Flops:
+        """Of all up to the trunk's end, for clips of so many tokens each, the class tokens
+        included; see :mod:`fastast.models.flops`."""
+        tokens = np.asarray(tokens, np.int64)
+        total, clips = int(tokens.sum()), int((tokens > 0).sum())
+        first = flops.embedding(self.patch_embed, total - self.geometry.prefix * clips)
+        return Flops(first + flops.blocks(self.trunk, total, flops.pairs(tokens)), first)
+
     def assemble(self, embedded: Tensor, grid: PatchGrid) -> Tensor:
         """Patch embeddings with class tokens and positions, both ``[rows, dim]``."""
         prefix = F.embedding(grid.prefix_id.clamp(min=0), self.prefix).to(embedded.dtype)
@@ -137,13 +145,9 @@ class GridClassifier(GridViT):
     def flops(self, tokens: Sequence[int] | np.ndarray) -> Flops:
         """Of clips of so many tokens each, the class tokens included; see
         :mod:`fastast.models.flops`."""
-        tokens = np.asarray(tokens, np.int64)
-        tokens = tokens[tokens > 0]
-        total, clips = int(tokens.sum()), len(tokens)
-        first = flops.embedding(self.patch_embed, total - self.geometry.prefix * clips)
-        trunk = flops.blocks(self.trunk, total, flops.pairs(tokens))
+        clips = int((np.asarray(tokens) > 0).sum())
         head = flops.linear(clips, self.head.in_features, self.head.out_features)
-        return Flops(first + trunk + head, first)
+        return self.encoding_flops(tokens) + Flops(head, 0)
 
 
 def mean_of_class_tokens(features: Tensor, grid: PatchGrid) -> Tensor:

@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastast.models import flops
+from fastast.models.flops import Flops
 from fastast.models.grid_vit import (
     GridClassifier,
     GridViT,
@@ -212,6 +214,12 @@ class SSASTPretraining(GridViT):
         embedded = torch.where(masked[:, None], self.mask_token.to(embedded.dtype), embedded)
         features = self.trunk(self.assemble(embedded, grid), grid.segments)
         return Restored(features, patches)
+
+    def head_flops(self, rows: int) -> Flops:
+        """Of one of the heads, on so many rows; see :mod:`fastast.models.flops`."""
+        hidden, out = self.discriminate[0], self.discriminate[2]
+        inner = flops.linear(rows, hidden.in_features, hidden.out_features)
+        return Flops(inner + flops.linear(rows, out.in_features, out.out_features), 0)
 
     def embed(self, inputs: Spectrograms | Tensor, grid: PatchGrid | None = None) -> Tensor:
         """The mean of each clip's patches after the trunk: ``[clips, dim]``, in input order."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastast.data import AudioDataset, AudioError, Batch
+from fastast.data import AudioDataset, AudioError, Batch, PackedLoader
 from fastast.ops import dither_keys, hop_from_ms
 from fastast.random import random_bits
 from fastast.train.averaging import EMA, EpochMean, average_files
@@ -40,7 +40,7 @@ from fastast.train.phases import (
     phases_of,
 )
 from fastast.train.progress import Progress
-from fastast.train.recipe import Recipe, TrainConfig
+from fastast.train.recipe import PhaseConfig, Recipe, TrainConfig
 from fastast.train.run import RunDirectory
 from fastast.train.schedule import Schedule
 from fastast.train.signals import StopRequest
@@ -259,19 +259,10 @@ class _Training:
             start_from(self.method.model, recipe.model.name, recipe.model.init)
         self.method.to(self.device)
         self.loss_weight = loss_weight_of(self.method)
-        geometry = self.method.model.geometry
-        shared = {
-            "rank": ranks.rank,
-            "ranks": ranks.size,
-            "workers": pick_workers(config, self.device, ranks.local_size),
-            "pin_memory": on_gpu,
-        }
-        self.loader = make_loader(
-            recipe, data.train, geometry, training=True, fixed_shapes=self.compiled, **shared
-        )
+        self.loader = self._training_loader(recipe)
         self.validation = None
         if data.validation is not None:
-            self.validation = make_loader(recipe, data.validation, geometry, **shared)
+            self.validation = self._make_loader(recipe, data.validation)
 
         self.optimizer = make_optimizer(self.method, recipe.optim)
         mode = "min" if self.metric == "loss" else "max"
@@ -310,14 +301,35 @@ class _Training:
             )
             self._settle_buckets()
 
+    def _make_loader(self, recipe: Recipe, dataset: AudioDataset, **options) -> PackedLoader:
+        return make_loader(
+            recipe,
+            dataset,
+            self.method.model.geometry,
+            rank=self.ranks.rank,
+            ranks=self.ranks.size,
+            workers=pick_workers(self.config, self.device, self.ranks.local_size),
+            pin_memory=self.device.type == "cuda",
+            **options,
+        )
+
+    def _training_loader(self, recipe: Recipe) -> PackedLoader:
+        return self._make_loader(recipe, self.data.train, training=True, fixed_shapes=self.compiled)
+
     def _compile(self, patch_sizes: int) -> nn.Module:
         """The method, to be compiled at its first step; anew for each patch size."""
         if patch_sizes == 1:
             return torch.compile(self.method, fullgraph=True)
         # Each has shapes of its own, that never change; some code is compiled for them all.
         limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, patch_sizes)
+        resolutions = 1 if self.phase_config.to is None else self.config.epochs
+        limits.recompile_limit = max(limits.recompile_limit, patch_sizes * resolutions)
         return torch.compile(self.method, fullgraph=True, dynamic=False)
+
+    @property
+    def phase_config(self) -> PhaseConfig:
+        """The phase under way, as the recipe has it."""
+        return phases_of(self.whole)[self.phase]
 
     @property
     def is_last(self) -> bool:
@@ -331,18 +343,26 @@ class _Training:
             StopRequest() as self.stop,
             self.progress,
             contextlib.closing(self.log),
-            # An error's traceback holds this run, and with it the processes that decode.
-            contextlib.closing(self.loader),
-            contextlib.closing(self.validation) if self.validation else contextlib.nullcontext(),
+            contextlib.ExitStack() as leaving,
         ):
+            # An error's traceback holds this run, and with it the processes that decode.
+            leaving.callback(self._close_loaders)
             # A run may have been stopped after the last step, before the end of its epoch.
             while not self._phase_over():
                 self._train_epoch()
                 self._finish_epoch()
             return self._finish() if self.is_last else self.method
 
+    def _close_loaders(self) -> None:
+        for loader in filter(None, (self.loader, self.validation)):
+            loader.close()
+
     def _train_epoch(self) -> None:
         self.method.train()
+        if self.phase_config.to is not None:  # each epoch has a time resolution of its own
+            self.loader.close()
+            epoch = self.epoch - self.begun["epoch"]
+            self.loader = self._training_loader(phase_recipe(self.whole, self.phase, epoch))
         plan = self.loader.planner.plan(self.epoch)
         num_steps, step_tokens = plan.num_steps, plan.step_tokens
         batches = self.loader.epoch(self.epoch, self.epoch_step)
@@ -474,7 +494,7 @@ class _Training:
         self.schedule.observe(value)
         if self.stopping is not None and self.stopping.update(value):
             self.over = True
-        until = phases_of(self.whole)[self.phase].until
+        until = self.phase_config.until
         if until is not None and (value < until if self.metric == "loss" else value > until):
             self.over = True
         if self.config.average == "best" and math.isfinite(value):
@@ -633,14 +653,17 @@ class _Training:
         return not self.epoch_step and (self.over or self._share_done() >= 1)
 
     def _describe_phase(self) -> str:
-        phase = phases_of(self.whole)[self.phase]
+        phase = self.phase_config
         text = f"phase {self.phase + 1} of {len(self.whole.phases)}"
-        return f"{text}: {phase.compression:g} times coarser in time, by {phase.by}"
+        glide = "" if phase.to is None else f", then down to {phase.to:g} times"
+        return f"{text}: {phase.compression:g} times coarser in time{glide}, by {phase.by}"
 
     def _log_phase(self, peak_memory_gib: float) -> None:
         """Writes what the phase has cost."""
-        phase = phases_of(self.whole)[self.phase]
+        phase = self.phase_config
         record = {"phase": self.phase, "compression": phase.compression, "by": phase.by}
+        if phase.to is not None:
+            record["to"] = phase.to
         record |= {"step": self.step, "epochs": self.epoch - self.begun["epoch"]}
         record |= {"steps": self.step - self.begun["step"]}
         record |= {"tokens": self.tokens - self.begun["tokens"]} | self.spent

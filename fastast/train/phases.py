@@ -5,6 +5,10 @@ Transformers", ICASSP 2024. A phase is an ordinary recipe with its sound compres
 2.3), and going from one to the next is a checkpoint: the state of the one is saved, its weights are
 adapted (section 2.2), and the other is built anew around them. So phases know nothing of devices,
 ranks or what is trained, and the training loop hardly anything of phases.
+
+Within a phase the resolution may glide, which the paper does not: each epoch is dealt at a frame
+shift of its own, which follows from the number of the epoch, and the model stays the one that is
+built for the finest.
 """
 
 from __future__ import annotations
@@ -29,12 +33,14 @@ def phases_of(recipe: Recipe) -> list[PhaseConfig]:
     return recipe.phases or [PhaseConfig()]
 
 
-def phase_recipe(recipe: Recipe, number: int) -> Recipe:
+def phase_recipe(recipe: Recipe, number: int, epoch: int | None = None) -> Recipe:
     """The recipe of a phase by itself, without phases.
 
     Args:
         recipe: the whole.
         number: of the phase, counted from 0.
+        epoch: of the phase, counted from 0: at the time resolution of its clips. Default: at the
+            finest of all its epochs, which its model is built for.
 
     Raises:
         ValueError: settings that do not fit together.
@@ -42,11 +48,34 @@ def phase_recipe(recipe: Recipe, number: int) -> Recipe:
     phases = phases_of(recipe)
     phase, train = phases[number], recipe.train
     epochs = phase.epochs or train.epochs
+    compression = compression_in(phase, epochs, epochs - 1 if epoch is None else epoch)
     if train.average == "epochs" and train.average_from > epochs and number + 1 < len(phases):
         train = replace(train, average="last")  # it is over before the mean would begin
     train = replace(train, epochs=epochs, max_steps=phase.steps or train.max_steps)
     one = replace(recipe, phases=[], train=train, optim=replace(recipe.optim, **phase.optim))
-    return one if phase.compression == 1 else _COMPRESS[phase.by](one, phase.compression)
+    return one if compression == 1 else _COMPRESS[phase.by](one, compression)
+
+
+def compression_in(phase: PhaseConfig, epochs: int, epoch: int) -> float:
+    """The factor C in an epoch of a phase.
+
+    Args:
+        phase: whose factor may glide.
+        epochs: that the phase has.
+        epoch: which of them, counted from 0.
+
+    Raises:
+        ValueError: a phase that glides has a single epoch.
+    """
+    if phase.to is None:
+        return phase.compression
+    if epochs < 2:
+        raise ValueError(
+            "phases.to changes the frame shift from epoch to epoch, and this phase has one: raise "
+            "its epochs, and make epochs smaller with data.clips_per_epoch"
+        )
+    share = epoch / (epochs - 1)
+    return phase.compression ** (1 - share) * phase.to**share
 
 
 def adapt_state(state: dict, recipe: Recipe, number: int, num_classes: int, **options) -> dict:
@@ -69,8 +98,9 @@ def adapt_state(state: dict, recipe: Recipe, number: int, num_classes: int, **op
     phase = phases_of(recipe)[number]
     recipes = [phase_recipe(recipe, number - 1), phase_recipe(recipe, number)]
     before, after = (_structure(one, num_classes, **options) for one in recipes)
-    times = [_patch_ms(one, method) for one, method in zip(recipes, (before, after), strict=True)]
-    change = Change(times[1] / times[0], phase.resize)
+    # From where the one ends to where the other begins.
+    scale = _patch_ms(phase_recipe(recipe, number, 0), after) / _patch_ms(recipes[0], before)
+    change = Change(scale, phase.resize)
     adapted = {"model": adapt_state_dict(state["model"], before.model, after.model, change)}
     moments = {}
     if phase.keep_moments:

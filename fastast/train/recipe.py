@@ -445,6 +445,9 @@ class PhaseConfig:
 
     Args:
         compression: factor C on the time from one patch to the next; 1 is the recipe as it stands.
+        to: let C fall from ``compression`` to this, by the same ratio from each epoch of the phase
+            to the next, which goes beyond the paper. For ``by: frame_shift``, and models that take
+            any time resolution. Default: C stays.
         by: how time is compressed: ``frame_shift`` makes the frame shift C times as long,
             ``average`` and ``max`` pool C frames into one, and ``patch`` makes patches C times as
             wide. All but the first need a whole C.
@@ -460,6 +463,7 @@ class PhaseConfig:
     """
 
     compression: float = 1.0
+    to: float | None = None
     by: Literal["frame_shift", "average", "max", "patch"] = "frame_shift"
     epochs: int | None = None
     steps: int | None = None
@@ -477,6 +481,17 @@ class PhaseConfig:
                 f"phases.compression must be a whole number with by: {self.by}, got "
                 f"{self.compression}"
             )
+        if self.to is not None:
+            if self.by != "frame_shift":
+                raise ValueError(
+                    f"phases.to lets the frame shift glide, and phases.by is {self.by}: choose by: "
+                    "frame_shift, or leave to out"
+                )
+            if not 0 < self.to < self.compression:
+                raise ValueError(
+                    f"phases.to must be positive and less than phases.compression "
+                    f"({self.compression}), got {self.to}"
+                )
         for name in ("epochs", "steps"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -12,41 +12,35 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from training import (
+    FIGURES,
+    HERE,
+    REPOSITORY,
+    RESULTS,
+    SPEAKERS,
+    Experiment,
+    side_by_side,
+    spread,
+    table,
+    train,
+)
 
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parents[1]
-RESULTS = REPOSITORY / "bench" / "results" / "cpu" / "fsdd.json"
 sys.path.insert(0, str(REPOSITORY))  # for bench, which is not installed
+RESULT = RESULTS / "fsdd.json"
 PAGE = REPOSITORY / "docs" / "fsdd.md"
-FIGURE = REPOSITORY / "docs" / "figures" / "fsdd.png"
+FIGURE = FIGURES / "fsdd.png"
 
 RECIPES = {
     "digit": ("digit.yaml",),
     "speaker": ("digit.yaml", "--data.options.task", "speaker"),
     "digit_ast": ("digit_ast.yaml",),
 }
-SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
 COMPRESSION = (1.0, 1.5, 2.0, 2.5, 3.0)
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A recipe, the speaker that is left out, and a seed."""
-
-    recipe: str
-    seed: int
-    leave_out: str | None = None
-
-    @property
-    def name(self) -> str:
-        return "-".join(filter(None, (self.recipe, self.leave_out, str(self.seed))))
 
 
 def experiments(seeds: int) -> list[Experiment]:
@@ -57,30 +51,22 @@ def experiments(seeds: int) -> list[Experiment]:
     ]
 
 
-def train(experiment: Experiment, root: Path, runs: Path) -> None:
-    """Trains one experiment in a process of its own, or finishes a run that was stopped."""
-    recipe, *overrides = RECIPES[experiment.recipe]
-    command = [sys.executable, "-m", "fastast.cli", "fit", str(HERE / recipe), *overrides]
-    command += ["--resume", "--run-dir", str(runs / experiment.name)]
-    command += ["--data.root", str(root), "--train.seed", str(experiment.seed)]
-    if experiment.leave_out:
-        command += ["--data.options.leave_out", experiment.leave_out]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with open(runs / f"{experiment.name}.log", "w") as log:
-        subprocess.run(command, stdout=log, stderr=log, env=environment, check=True)
-    print(f"trained {experiment.name}", flush=True)
+def train_one(run: Experiment, root: Path, runs: Path) -> None:
+    """Trains one experiment."""
+    recipe, *options = RECIPES[run.kind]
+    train(run, HERE / recipe, options, root, runs)
 
 
-def measure(experiment: Experiment, root: Path, runs: Path) -> dict:
+def measure(run: Experiment, root: Path, runs: Path) -> dict:
     """Test accuracy of a trained run over the frame shifts, and what it took."""
     from fastast.train import RunDirectory, evaluate_over, load_data, load_model
 
-    method, recipe, _ = load_model(runs / experiment.name)
+    method, recipe, _ = load_model(runs / run.name)
     recipe.data.root = str(root)
     test = load_data(recipe.data, ["test"]).test
     rows = evaluate_over(method, recipe, test, compression=COMPRESSION)["compression"]
-    records = RunDirectory(runs / experiment.name).metrics("epoch")
-    return asdict(experiment) | {
+    records = RunDirectory(runs / run.name).metrics("epoch")
+    return asdict(run) | {
         "frame_shift_ms": recipe.frontend.frame_shift_ms,
         "fixed_seconds": recipe.frontend.fixed_seconds,
         "compression": rows,
@@ -134,24 +120,14 @@ def report(results: dict) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def select(recipe: str, leave_out: str | None = None) -> np.ndarray:
+    def select(kind: str, leave_out: str | None = None) -> np.ndarray:
         """Accuracy in percent, ``[seeds, frame shifts]``."""
         rows = [
             [row["accuracy"] for row in run["compression"]]
             for run in results["runs"]
-            if (run["recipe"], run["leave_out"]) == (recipe, leave_out)
+            if (run["kind"], run["leave_out"]) == (kind, leave_out)
         ]
         return 100 * np.array(rows).reshape(len(rows), len(COMPRESSION))
-
-    def spread(values: np.ndarray) -> str:
-        if not len(values):
-            return ""
-        deviation = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
-        return f"{values.mean():.2f}{deviation}"
-
-    def table(header: list[str], rows: list[list[str]]) -> str:
-        lines = [header, ["---"] * len(header), *rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     linear = results["probe"]
     fixed_seconds = next(filter(None, (row["fixed_seconds"] for row in results["runs"])))
@@ -250,8 +226,7 @@ def main() -> None:
             parser.error("--root is missing: the folder that holds FSDD's recordings")
         options.runs.mkdir(parents=True, exist_ok=True)
         todo = experiments(options.seeds)
-        with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda run: train(run, options.root, options.runs), todo))
+        side_by_side(options.jobs, lambda run: train_one(run, options.root, options.runs), todo)
         from bench.results import current_run
 
         results = {
@@ -259,9 +234,9 @@ def main() -> None:
             "probe": probe(options.root),
             "runs": [measure(run, options.root, options.runs) for run in todo],
         }
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    report(json.loads(RESULTS.read_text()))
+        RESULT.parent.mkdir(parents=True, exist_ok=True)
+        RESULT.write_text(json.dumps(results, indent=1) + "\n")
+    report(json.loads(RESULT.read_text()))
 
 
 if __name__ == "__main__":

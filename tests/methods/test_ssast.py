@@ -1,12 +1,15 @@
 """SSAST's pre-training: ragged batches, one graph, and nothing that a clip's neighbours change."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 
+import fastast.nn.packed_attention
 from fastast.methods import MaskedSpectrogramModeling
 from fastast.random import purpose_key
 from fastast.tokens import ClusteredMask, UnstructuredMask
@@ -120,6 +123,38 @@ def test_gradients_are_those_of_one_clip_at_a_time(pretraining, options):
         torch.testing.assert_close(loss.detach(), total, rtol=1e-5, atol=0)
         for name, value in gradients(method).items():
             torch.testing.assert_close(together[name], value, rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["paper", "code"])
+def test_flops_are_what_torch_counts_on_explicit_products(pretraining, options, monkeypatch):
+    explicit = partial(fastast.nn.packed_attention.packed_attention_qkv, backend="reference")
+    monkeypatch.setattr(fastast.nn.packed_attention, "packed_attention_qkv", explicit)
+    for name, value in options.items():
+        setattr(pretraining.ssast, name, value)
+    method, recipe, data = build(pretraining)
+    (batch, *_) = loader_of(recipe, data, method, fixed_shapes=False).epoch(0)
+    frames, grid, model = method.frontend(batch), batch.grid, method.model
+    masked = method._draw_mask(batch, method.seed)
+    with FlopCounterMode(display=False) as counter:
+        for_generation = restored = model(frames, masked, grid)
+        if method.separate_masks:  # which hides as many patches of each clip
+            for_generation = model(frames, masked, grid)
+        loss = F.mse_loss(model.generate(for_generation.features[masked]), restored.patches[masked])
+        predictions, targets = model.discriminate(restored.features[masked]), restored.patches
+        counts = grid.segments.row_ids(grid.num_rows)[masked].unique(return_counts=True)[1].tolist()
+        for x, y in zip(predictions.split(counts), targets[masked].split(counts), strict=True):
+            loss = loss + (x @ y.T).square().sum()
+        loss.backward()
+    assert method.flops(batch) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_dead_rows_cost_nothing(pretraining):
+    method, recipe, data = build(pretraining)
+    bare, fixed = (
+        [method.flops(batch) for batch in loader_of(recipe, data, method, fixed_shapes=f).epoch(0)]
+        for f in (False, True)
+    )
+    assert bare == fixed and all(bare)
 
 
 def test_dead_rows_and_fresh_memory_are_never_read(pretraining):

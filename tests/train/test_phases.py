@@ -49,6 +49,16 @@ def fixed(recipe):
     return replace(recipe, model=model)
 
 
+@pytest.fixture
+def gliding(recipe):
+    """Three epochs from a quarter of the frames to all of them, of several resolutions each; then
+    a phase of two resolutions, each clip at either."""
+    recipe = change(recipe, "frontend", compression=[1.0, 1.6])
+    recipe = change(recipe, "train", log_every=1, log_clips=True)
+    recipe.phases = [PhaseConfig(compression=4, to=1, epochs=3), PhaseConfig(epochs=1)]
+    return recipe
+
+
 def kept(run_dir):
     return load_model(run_dir)[0].model.state_dict()
 
@@ -182,6 +192,68 @@ def test_a_run_stopped_in_any_phase_resumes(phased, tmp_path, monkeypatch, at):
     assert_same_runs(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_a_glide_goes_from_coarse_to_fine(gliding, tmp_path, monkeypatch):
+    shifts = []
+    step = loop._Training._train_step
+
+    def stepping(training, batches):
+        used = {shift for batch in batches for shift in batch.frame_shift.tolist()}
+        shifts.append((training.epoch, used))
+        step(training, batches)
+
+    monkeypatch.setattr(loop._Training, "_train_step", stepping)
+    fit(gliding, tmp_path, quiet=True)
+    found = [set().union(*(used for at, used in shifts if at == epoch)) for epoch in range(4)]
+    # 10 ms at 8 kHz, times 4, 2 and 1, at either of the two resolutions.
+    assert found == [{320, 512}, {160, 256}, {80, 128}, {80, 128}]
+    epochs = RunDirectory(tmp_path).metrics("epoch")
+    cost = [epoch["flops"] / epoch["clips"] for epoch in epochs]
+    assert cost[0] < cost[1] < cost[2] == pytest.approx(cost[3], rel=0.1)
+    assert len({epoch["validation_tokens"] for epoch in epochs}) == 1  # always at the finest
+    glide, _ = RunDirectory(tmp_path).metrics("phase")
+    assert (glide["compression"], glide["to"]) == (4, 1)
+
+
+def test_a_glide_of_a_fixed_grid(fixed, tmp_path):
+    fixed.phases = [PhaseConfig(compression=4, to=1, epochs=3)]
+    fit(fixed, tmp_path, quiet=True)
+    epochs = RunDirectory(tmp_path).metrics("epoch")
+    seen = [
+        after["tokens"] - before["tokens"]
+        for before, after in zip([{"tokens": 0}, *epochs], epochs)
+    ]
+    # Clips of 80, 40 and 20 frames: two rows of ten, five and two patches, and two class tokens.
+    assert [tokens / epoch["clips"] for tokens, epoch in zip(seen, epochs)] == [6, 12, 22]
+    assert kept(tmp_path)["positions.table"].shape == (22, 32)
+
+
+@pytest.mark.parametrize("at", [1, 3, 9])
+def test_a_run_stopped_while_it_glides_resumes(gliding, tmp_path, monkeypatch, at):
+    fit(gliding, tmp_path / "whole", quiet=True)
+    train_step = loop._Training._train_step
+
+    def stepping(training, batches):
+        if training.step + 1 == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        train_step(training, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(loop._Training, "_train_step", stepping)
+        fit(gliding, tmp_path / "cut", quiet=True)
+    fit(gliding, tmp_path / "cut", resume=True, quiet=True)
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_glide_takes_up_the_time_table_where_the_phase_before_left_it(gliding):
+    """Its first epoch is as coarse, and reads the same columns."""
+    gliding = change(gliding, "frontend", mean=0.0, std=1.0)
+    gliding.phases = [PhaseConfig(compression=4), PhaseConfig(compression=4, to=1, epochs=3)]
+    table = torch.randn(10, 32)
+    state = {"model": build_method(phase_recipe(gliding, 0), 2).model.state_dict()}
+    state["model"]["positions.time"] = table
+    assert torch.equal(adapt_state(state, gliding, 1, 2)["model"]["positions.time"], table)
+
+
 @pytest.mark.parametrize("moment", ["before", "after", "first step"])
 def test_a_run_killed_between_two_phases_resumes(phased, tmp_path, monkeypatch, moment):
     """Before the phase is entered, after it was and nothing is trained, and after steps that no
@@ -272,6 +344,9 @@ def test_recipes_with_phases_survive_json(phased):
     [
         ({"by": "pool"}, r"phases\.by must be one of frame_shift, average, max, patch"),
         ({"compression": 0}, r"phases\.compression must be positive"),
+        ({"compression": 4, "to": 4}, r"phases\.to must be positive and less than .*4.*, got 4"),
+        ({"compression": 4, "to": 0}, r"phases\.to must be positive"),
+        ({"compression": 4, "to": 1, "by": "max"}, r"phases\.to lets the frame shift glide"),
         ({"compression": 1.5, "by": "max"}, r"must be a whole number with by: max, got 1\.5"),
         ({"epochs": 0}, r"phases\.epochs must be at least 1"),
         ({"steps": 0}, r"phases\.steps must be at least 1"),
@@ -282,6 +357,12 @@ def test_recipes_with_phases_survive_json(phased):
 def test_phases_that_there_are_not(settings, message):
     with pytest.raises(ValueError, match=message):
         PhaseConfig(**settings)
+
+
+def test_a_glide_needs_epochs(gliding, tmp_path):
+    gliding.phases[0].epochs = 1
+    with pytest.raises(ValueError, match=r"phases\.to changes .* from epoch to epoch.*has one"):
+        fit(gliding, tmp_path, quiet=True)
 
 
 def test_unknown_settings_of_a_phase_say_so():
