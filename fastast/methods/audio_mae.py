@@ -44,9 +44,9 @@ class MaskedReconstruction(nn.Module):
         seed: of the masks, which also depend on clip and epoch. Validation is masked alike in
             every epoch, since its batches are of epoch 0.
 
-    The loss is a sum divided by ``batch.loss_denominator``: :meth:`loss_weight` of a step's batches,
-    all together. Labels are not looked at. A clip of a single patch has none hidden and adds
-    nothing.
+    The loss is a sum divided by ``batch.loss_denominator``: the :meth:`loss_weight` of a step,
+    however many batches it has. Labels are not looked at. A clip of a single patch has none hidden
+    and adds nothing.
 
     Raises:
         ValueError: an unknown ``average``.

@@ -490,10 +490,12 @@ class AudioMAEPretraining(Encoder):
             hidden = block.mlp.fc1.out_features
             total += flops.linear(rows, dim, 4 * dim) + 2 * flops.linear(rows, dim, hidden)
         sizes = np.stack([freq * (width > 0), width], 1)
-        for index in range(len(decoder.local_blocks)):
-            shift = geometry.shift if index % 2 else 0
-            windows = WindowGrids.from_sizes(sizes, geometry.window, shift)
-            total += window_attention_flops(windows.host_windows, 1, dim)
+        displaced = len(decoder.local_blocks) // 2
+        plain = len(decoder.local_blocks) - displaced
+        for blocks, shift in ((plain, (0, 0)), (displaced, geometry.shift)):
+            if blocks:
+                windows = WindowGrids.from_sizes(sizes, geometry.window, shift)
+                total += blocks * window_attention_flops(windows.host_windows, 1, dim)
         total += len(decoder.global_blocks) * flops.attention(flops.pairs(lengths), dim)
         total += flops.linear(int((patches - kept).sum()), dim, decoder.head.out_features)
         return self.encoding_flops(seen) + Flops(total, 0)
