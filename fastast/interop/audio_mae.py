@@ -70,7 +70,7 @@ def _pretrained(weights: dict[str, Tensor], settings: dict, config: dict) -> Aud
         shift=config.get("shift", "time"),
     ).to(weights["mask_token"].dtype)
     blocks = f"decoder.{'local' if local else 'global'}_blocks."
-    converted = _encoder(weights) | {"decoder.mask_token": weights["mask_token"][0, 0]}
+    converted = _encoder(weights) | {"decoder.mask_token": weights["mask_token"][0]}
     for key, value in weights.items():
         if key.startswith("norm."):
             converted[f"trunk.{key}"] = value

@@ -302,7 +302,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.embed = nn.Linear(inputs, dim)
-        self.mask_token = nn.Parameter(torch.empty(dim))
+        self.mask_token = nn.Parameter(torch.empty(1, dim))
         self.positions = SinCosPositions(dim, wrap=position_wrap)
         self.local_blocks = nn.ModuleList(
             WindowBlock(dim, num_heads, window, mlp_ratio, bias_dropout)

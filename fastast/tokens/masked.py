@@ -110,9 +110,9 @@ class MaskedGeometry(PatchGeometry):
             *full._tables(),
             geometry=self,
             encoded=Segments.from_lengths(seen, limits and limits.encoded),
-            encoded_rows=limits.encoded.tokens if limits else int(seen.sum()),
+            encoded_rows=limits.encoded.tokens if limits else max(int(seen.sum()), 1),
             hidden=Segments.from_lengths(hidden, limits and limits.hidden),
-            hidden_rows=limits.hidden.tokens if limits else int(hidden.sum()),
+            hidden_rows=limits.hidden.tokens if limits else max(int(hidden.sum()), 1),
             decoded=decoded,
             windows=windows,
         )
