@@ -19,7 +19,7 @@ from fastast.models.flops import Flops
 from fastast.models.vit import PatchEmbed, Trunk, as_stream, init_vit_weights
 from fastast.nn import MeanPool
 from fastast.segments import Spectrograms
-from fastast.tokens import GridPositions, PatchGeometry, PatchGrid
+from fastast.tokens import GridPositions, PatchGeometry, PatchGrid, resize_positions
 
 
 class GridViT(nn.Module):
@@ -142,12 +142,88 @@ class GridClassifier(GridViT):
         """
         return self.head(self.embed(inputs, grid))
 
+    def start_from(self, other: GridViT) -> None:
+        """Takes over all but norm and classifier, the table of positions adapted to this grid.
+
+        Where this grid has fewer patches along an axis, the middle of the table is taken; where it
+        has more, the table is resized bilinearly (AST, section 2.2, from images; SSAST).
+
+        Args:
+            other: a model with patches and a trunk of the same sizes, such as one that was
+                pre-trained, or :func:`~fastast.from_reference` makes of a ViT; its stride, mel bins
+                and ``input_frames`` may be others.
+
+        Raises:
+            ValueError: class tokens, patches or trunk of another number or size.
+        """
+        check_source(self, other)
+        if other.geometry.prefix != self.geometry.prefix:
+            raise ValueError(
+                f"the pre-trained model has {other.geometry.prefix} class tokens, this one "
+                f"{self.geometry.prefix}: choose one with as many (AST's distilled says whether "
+                "there is a second)"
+            )
+        weights = {
+            name: value
+            for name, value in other.state_dict().items()
+            if name.startswith(("patch_embed.", "prefix", "positions.", "trunk."))
+        }
+        weights["positions.table"] = resize_positions(
+            weights["positions.table"],
+            other.positions.grid,
+            self.positions.grid,
+            prefix=self.geometry.prefix,
+            shrink="cut",
+        )
+        take_over(self, weights, new=("norm.", "head."))
+
     def flops(self, tokens: Sequence[int] | np.ndarray) -> Flops:
         """Of clips of so many tokens each, the class tokens included; see
         :mod:`fastast.models.flops`."""
         clips = int((np.asarray(tokens) > 0).sum())
         head = flops.linear(clips, self.head.in_features, self.head.out_features)
         return self.encoding_flops(tokens) + Flops(head, 0)
+
+
+def check_source(model: nn.Module, other: nn.Module) -> None:
+    """Raises ValueError unless ``model`` can start from ``other``: a ViT with its patches."""
+    if not isinstance(other, GridViT):
+        raise ValueError(
+            f"{type(model).__name__} starts from a ViT, an AST or an SSAST, not from "
+            f"{type(other).__name__}"
+        )
+    own, theirs = model.geometry.patch_size, other.geometry.patch_size
+    if own != theirs:
+        raise ValueError(
+            f"patch_size {own} differs from the pre-trained {theirs}: use patches of one size"
+        )
+
+
+@torch.no_grad()
+def take_over(model: nn.Module, weights: dict[str, Tensor], *, new: tuple[str, ...]) -> None:
+    """Puts pre-trained weights into a model, which has all of them but what is new.
+
+    Args:
+        model: to be filled.
+        weights: by the model's names.
+        new: beginnings of the names that stay as they are.
+
+    Raises:
+        ValueError: a weight is missing, too many or of another shape.
+    """
+    own = model.state_dict()
+    wrong = [
+        name
+        for name in own
+        if not name.startswith(new)
+        and (name not in weights or weights[name].shape != own[name].shape)
+    ] or sorted(weights.keys() - own.keys())
+    if wrong:
+        raise ValueError(
+            f"{wrong[0]} is not as in the pre-trained weights: the trunk must be of the same "
+            "dim, depth and num_heads"
+        )
+    model.load_state_dict(weights, strict=False)
 
 
 def mean_of_class_tokens(features: Tensor, grid: PatchGrid) -> Tensor:
