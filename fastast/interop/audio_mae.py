@@ -55,6 +55,52 @@ def from_state_dict(weights: dict[str, Tensor], config: dict) -> AudioMAE | Audi
     return model
 
 
+def to_state_dict(model: AudioMAE | AudioMAEPretraining) -> dict[str, Tensor]:
+    """The inverse, with tables of positions for as many patches as their ``wrap`` says, else 64.
+
+    Raises:
+        ValueError: a decoder that the original does not have.
+    """
+    weights, geometry, converted = model.state_dict(), model.geometry, {}
+    size = geometry.patch_size
+    width = model.positions.wrap or 64
+    for name, value in weights.items():
+        if name.startswith("trunk."):
+            converted[name.removeprefix("trunk.")] = value
+    kernel = weights["patch_embed.proj.weight"].unflatten(1, size).mT[:, None]
+    converted |= {
+        "cls_token": weights["prefix"][None],
+        "pos_embed": _table(model.positions, geometry, width)[None],
+        "patch_embed.proj.weight": kernel,
+        "patch_embed.proj.bias": weights["patch_embed.proj.bias"],
+    }
+    if isinstance(model, AudioMAE):
+        for ours, theirs in (("norm", "fc_norm"), ("head", "head")):
+            for part in ("weight", "bias"):
+                converted[f"{theirs}.{part}"] = weights[f"{ours}.{part}"]
+        return converted
+    if model.decoder.global_blocks and model.decoder.local_blocks:
+        raise ValueError("the original has no hybrid decoder")
+    if model.decoder.local_blocks and (geometry.window, geometry.shift) != (4, (0, 2)):
+        raise ValueError(
+            f"the original's decoder has windows of 4 patches, shifted by 2 along time alone; this "
+            f"has {geometry.window}, shifted by {geometry.shift} along frequency and time"
+        )
+    converted["mask_token"] = weights["decoder.mask_token"][None]
+    converted["decoder_pos_embed"] = _table(model.decoder.positions, geometry, width)[None]
+    for name, value in weights.items():
+        if "_blocks." in name:
+            if name.endswith("meta_mlp.fc1.weight"):
+                value = value.flip(1)
+            converted[f"decoder_blocks.{name.split('_blocks.')[1]}"] = value
+    for part in ("weight", "bias"):
+        for name in ("embed", "norm"):
+            converted[f"decoder_{name}.{part}"] = weights[f"decoder.{name}.{part}"]
+        pixels = weights[f"decoder.head.{part}"].unflatten(0, size)
+        converted[f"decoder_pred.{part}"] = pixels.transpose(0, 1).flatten(0, 1)
+    return converted
+
+
 def _pretrained(weights: dict[str, Tensor], settings: dict, config: dict) -> AudioMAEPretraining:
     local = "decoder_blocks.0.attn.tau" in weights
     model = AudioMAEPretraining(
@@ -79,8 +125,8 @@ def _pretrained(weights: dict[str, Tensor], settings: dict, config: dict) -> Aud
                 value = value.flip(1)
             converted[key.replace("decoder_blocks.", blocks, 1)] = value
     for part in ("weight", "bias"):
-        for theirs, ours in (("embed", "embed"), ("norm", "norm")):
-            converted[f"decoder.{ours}.{part}"] = weights[f"decoder_{theirs}.{part}"]
+        for name in ("embed", "norm"):
+            converted[f"decoder.{name}.{part}"] = weights[f"decoder_{name}.{part}"]
         pixels = weights[f"decoder_pred.{part}"].unflatten(0, settings["patch_size"][::-1])
         converted[f"decoder.head.{part}"] = pixels.transpose(0, 1).flatten(0, 1)
     model.load_state_dict(converted)
@@ -108,11 +154,8 @@ def _find_wrap(table: Tensor, geometry: PatchGeometry) -> int | None:
     """
     width, rest = divmod(table.shape[0] - 1, geometry.freq_patches)
     if not rest and width:
-        grid = geometry.grid([(width - 1) * geometry.stride_frames + geometry.patch_frames])
         for wrap in (width, None):
-            rows = SinCosPositions(table.shape[1], wrap=wrap)(grid)
-            by_time = rows[1:].unflatten(0, (geometry.freq_patches, width)).transpose(0, 1)
-            expected = torch.cat([rows[:1], by_time.flatten(0, 1)])
+            expected = _table(SinCosPositions(table.shape[1], wrap=wrap), geometry, width)
             if torch.allclose(table.float(), expected, rtol=0, atol=1e-2):  # half precision, too
                 return wrap
     raise ValueError(
@@ -120,3 +163,11 @@ def _find_wrap(table: Tensor, geometry: PatchGeometry) -> int | None:
         f"of {geometry.freq_patches} patches along frequency: config['num_mels'] "
         f"{geometry.num_mels} or config['stride'] {geometry.stride} is not the model's"
     )
+
+
+def _table(positions: SinCosPositions, geometry: PatchGeometry, width: int) -> Tensor:
+    """The table ``[1 + patches, dim]`` that the original stores, for so many patches along time."""
+    plain = PatchGeometry(geometry.num_mels, geometry.patch_size, geometry.stride, 1)
+    rows = positions(plain.grid([(width - 1) * plain.stride[1] + plain.patch_size[1]]))
+    by_time = rows[1:].unflatten(0, (plain.freq_patches, width)).transpose(0, 1)
+    return torch.cat([rows[:1], by_time.flatten(0, 1)])

@@ -16,7 +16,16 @@ from fastast.interop import (
     transformers,
     vit,
 )
-from fastast.models import AST, HTSAT, SSAST, ElasticAST, FlexiAST, SSASTPretraining
+from fastast.models import (
+    AST,
+    HTSAT,
+    SSAST,
+    AudioMAE,
+    AudioMAEPretraining,
+    ElasticAST,
+    FlexiAST,
+    SSASTPretraining,
+)
 
 _CONVERTERS: dict[str, Callable[[dict[str, Tensor], dict], nn.Module]] = {
     "ast": ast.from_state_dict,
@@ -30,6 +39,8 @@ _CONVERTERS: dict[str, Callable[[dict[str, Tensor], dict], nn.Module]] = {
 }
 _INVERSES: dict[type[nn.Module], tuple[str, Callable[[nn.Module], dict[str, Tensor]]]] = {
     AST: ("ast", ast.to_state_dict),
+    AudioMAE: ("audio_mae", audio_mae.to_state_dict),
+    AudioMAEPretraining: ("audio_mae", audio_mae.to_state_dict),
     ElasticAST: ("elastic_ast", elastic_ast.to_state_dict),
     FlexiAST: ("flexi_ast", flexi_ast.to_state_dict),
     HTSAT: ("hts_at", hts_at.to_state_dict),

@@ -147,9 +147,7 @@ def test_masks_change_by_epoch_and_clip(pretraining):
     assert method.model.geometry.mask == UnstructuredMask(0.6)
     loader = loader_of(recipe, data, method)
     batch = next(loader.epoch(0))
-    masks = [
-        method.draw_mask(replace(batch, epoch=torch.tensor(epoch))) for epoch in (0, 0, 1)
-    ]
+    masks = [method.draw_mask(replace(batch, epoch=torch.tensor(epoch))) for epoch in (0, 0, 1)]
     assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
     other = build(with_options(pretraining, OPTIONS[2]))[0]
     assert other.model.geometry.mask == StructuredMask(0.5, 0.3)
