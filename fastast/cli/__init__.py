@@ -17,6 +17,7 @@ COMMANDS = {
     "embed": "Writes a trained model's embeddings of clips, for use elsewhere.",
     "convert": "Makes a run of published weights, or the originals' form of a run.",
     "features": "Writes and draws the log-mel features of audio files.",
+    "reconstruct": "Draws and sounds what a masked autoencoder restores of audio files.",
     "report": "Compares runs: results, settings that differ, learning curves.",
     "doctor": "Checks this installation and says what to mend.",
 }
@@ -62,5 +63,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = ["usage: fastast COMMAND ...", ""]
-    lines += [f"  {name:10}{does}" for name, does in COMMANDS.items()]
+    lines += [f"  {name:12}{does}" for name, does in COMMANDS.items()]
     return "\n".join([*lines, "", "'fastast COMMAND --help' tells more."])
