@@ -52,7 +52,7 @@ DECODER_DEPTHS = {"local": 16, "global": 8, "hybrid": 12}
 SHIFTS = ("both", "time", "none")
 
 
-class Encoder(nn.Module):
+class AudioMAEEncoder(nn.Module):
     """Patch embedding, class token, fixed positions and trunk.
 
     Args:
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
         return Flops(first + flops.blocks(self.trunk, total, flops.pairs(tokens)), first)
 
 
-class AudioMAE(Encoder):
+class AudioMAE(AudioMAEEncoder):
     """Classifier for spectrograms of any lengths, fine-tuned from a pre-trained encoder.
 
     Training may leave out whole times and frequencies of each clip: give it a ``grid`` without
@@ -221,7 +221,7 @@ class AudioMAE(Encoder):
         Raises:
             ValueError: patches or trunk of other sizes, or positions of another kind.
         """
-        if not isinstance(other, Encoder):
+        if not isinstance(other, AudioMAEEncoder):
             raise ValueError(f"an Audio-MAE starts from an Audio-MAE, not {type(other).__name__}")
         if other.geometry.patch_size != self.geometry.patch_size:
             raise ValueError(
@@ -351,7 +351,7 @@ class Restored(NamedTuple):
     patches: Tensor
 
 
-class AudioMAEPretraining(Encoder):
+class AudioMAEPretraining(AudioMAEEncoder):
     """The masked autoencoder. Defaults are the paper's.
 
     Args:
@@ -507,7 +507,9 @@ def _init_linear(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _build(model: type[Encoder], size: TrunkSize, *num_classes: int, **kwargs) -> Encoder:
+def _build(
+    model: type[AudioMAEEncoder], size: TrunkSize, *num_classes: int, **kwargs
+) -> AudioMAEEncoder:
     return model(*num_classes, **(asdict(size) | kwargs))
 
 

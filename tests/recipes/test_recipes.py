@@ -72,7 +72,7 @@ def test_recipe_trains(path, setting, tones, tmp_path):
     small = {"dim": 16, "depth": 1, "num_heads": 1}
     if family == "hts_at":
         small = {"dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}
-    recipe.model = replace(recipe.model, name=f"{family}_tiny", **small)
+    recipe.model = replace(recipe.model, name=f"{family}_tiny", init=None, **small)
     recipe.audio_mae = replace(
         recipe.audio_mae, decoder_dim=16, decoder_depth=2, decoder_heads=1, decoder_global=1
     )
