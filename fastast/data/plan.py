@@ -209,11 +209,11 @@ class Planner:
         self.sampler = sampler or Sampler()
         self.packing = packing or Packing()
         self.seed = seed
-        self.drop: Mask | None = token_drop or None
         if isinstance(token_drop, int | float):
             if not 0 <= token_drop < 1:
                 raise ValueError(f"token_drop must lie in [0, 1), got {token_drop}")
-            self.drop = UnstructuredMask(token_drop) if token_drop else None
+            token_drop = UnstructuredMask(token_drop) if token_drop else None
+        self.drop: Mask | None = token_drop
         if max_seconds is not None and max_seconds <= 0:
             raise ValueError(f"max_seconds must be positive, got {max_seconds}")
         least = max(each.min_frames() for each in self.geometries)

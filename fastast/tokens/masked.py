@@ -88,7 +88,7 @@ class MaskedGeometry(PatchGeometry):
         width = patches // self.freq_patches
         kept = self.mask.num_kept(self.freq_patches, width)
         seen, hidden = kept + self.prefix * (kept > 0), patches - kept
-        limits = None if budget is None else self._limits(budget)
+        limits = None if budget is None else _limits(self, budget)
         plain = self.unmasked
         if self.decode_prefix or not self.prefix:
             decoded = PatchGrid(full.segments, *full._tables(), geometry=plain)
@@ -120,9 +120,6 @@ class MaskedGeometry(PatchGeometry):
     @property
     def _shifts(self) -> tuple[tuple[int, int], tuple[int, int]]:
         return (0, 0), self.shift
-
-    def _limits(self, budget: TokenBudget) -> _Limits:
-        return _limits(self, budget)
 
 
 _PLAIN = fields(PatchGeometry)

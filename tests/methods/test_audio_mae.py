@@ -167,6 +167,18 @@ def test_clips_of_one_patch_and_silence_add_nothing(pretraining):
     assert loss == 0
 
 
+def test_half_precision(pretraining):
+    method, recipe, data = build(pretraining)
+    batch = next(loader_of(recipe, data, method).epoch(0))
+    expected = method(batch)["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = method(batch)["loss"]
+    found.backward()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+    assert all(p.grad.dtype == torch.float32 for p in method.parameters())
+
+
 def test_the_loss_keeps_one_tensor():
     prediction = torch.randn(50, 64, requires_grad=True)
     patches = torch.randn(50, 64)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastast import Segments, Spectrograms, TokenBudget
-from fastast.tokens import PatchGeometry, patchify
+from fastast.tokens import PatchGeometry, kept_patches, patchify
 from tests.testing import ragged
 
 PATCHES = {
@@ -327,3 +327,11 @@ def test_wrong_frames_say_so(shape):
     geometry = PATCHES["prefixed"]
     with pytest.raises(ValueError, match=r"frames must be \[rows, 11\] \(num_mels\), got"):
         patchify(torch.zeros(shape), geometry.grid([9]), geometry)
+
+
+@pytest.mark.parametrize(
+    "patches, drop, kept", [(100, 0.1, 90), (10, 0.25, 7), (64, 0.0, 64), (5, 0.99, 1), (0, 0.5, 0)]
+)
+def test_kept_patches(patches, drop, kept):
+    assert kept_patches(patches, drop) == kept
+    assert kept_patches(np.array([patches]), drop).tolist() == [kept]
