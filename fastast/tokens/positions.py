@@ -153,8 +153,8 @@ class SinCosPositions(nn.Module):
 
     Channel ``c`` of a half with ``n`` frequencies is ``sin(p * w_c)``, and ``n + c`` is
     ``cos(p * w_c)``, with ``w_c = 10000 ** (-c / n)`` (Vaswani et al., 2017; in two dimensions as
-    in MAE, He et al., 2022). Class tokens have zeros. Angles are float64: from float32 ones the rows
-    of the first 64 patches would be off by up to 3e-6.
+    in MAE, He et al., 2022). Class tokens have zeros. Angles are float64: with float32 ones the
+    rows of the first 64 places would be off by up to 3e-6.
 
     Args:
         dim: of the rows; a multiple of 4.

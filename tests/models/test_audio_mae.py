@@ -1,9 +1,13 @@
 """Audio-MAE's models: every decoder, ragged clips, and what the encoder never sees."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import fastast.nn.packed_attention
 from bench.memory import saved_bytes, tensors_of
 from fastast import Spectrograms, create_model, create_pretraining_model
 from fastast.models import AudioMAE, AudioMAEPretraining
@@ -119,6 +123,19 @@ def test_the_paper_s_model():
         with torch.device("meta"):
             decoder = create_pretraining_model("audio_mae_small", attention=attention).decoder
         assert (len(decoder.local_blocks), len(decoder.global_blocks)) == blocks
+
+
+@pytest.mark.parametrize("mask", [UnstructuredMask(0.7), StructuredMask(0.5, 0.3)], ids=str)
+def test_training_counts_what_torch_counts(mask, monkeypatch):
+    """With a global decoder; what a local one differs in is checked against the paper's size."""
+    explicit = partial(fastast.nn.packed_attention.packed_attention_qkv, backend="reference")
+    monkeypatch.setattr(fastast.nn.packed_attention, "packed_attention_qkv", explicit)
+    model, clips = pretraining(attention="global", mask=mask), ragged(LENGTHS, 32)
+    grid = model.geometry.grid(LENGTHS)
+    with FlopCounterMode(display=False) as counter:
+        model(clips, masked_of(model, grid, range(4)), grid).prediction.sum().backward()
+    counted = model.flops(grid.segments.lengths).training
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_bias_dropout():
