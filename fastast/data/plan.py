@@ -22,7 +22,7 @@ from fastast.data.sampling import Crop, Mixup, Sampler
 from fastast.ops.mel_plan import Framing, hop_from_ms
 from fastast.random import random_below, random_bits
 from fastast.segments import TokenBudget
-from fastast.tokens import PatchGeometry, kept_patches
+from fastast.tokens import Mask, PatchGeometry, UnstructuredMask
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,8 @@ class Planner:
             the spectrograms of shorter ones padded to it (:attr:`Batch.dense_frames`). Batches
             then have as many clips as the budget holds, and no dead rows when they are full.
         token_drop: share of each clip's patches to drop, as ElasticAST's code does (0.1) and its
-            paper does not. Packing counts the patches that remain.
+            paper does not; or a mask that says which, such as whole times and frequencies
+            (Audio-MAE's fine-tuning). Packing counts the patches that remain.
         mixup: which clips to mix; default none.
         sampler: which clips an epoch visits, and whether in order.
         packing: how they are dealt out. Within a batch clips stand in order of their token count,
@@ -191,7 +192,7 @@ class Planner:
         max_seconds: float | None = None,
         crop: Crop | None = None,
         dense_frames: int | None = None,
-        token_drop: float = 0.0,
+        token_drop: float | Mask = 0.0,
         mixup: Mixup | None = None,
         sampler: Sampler | None = None,
         packing: Packing | None = None,
@@ -204,13 +205,15 @@ class Planner:
         self.max_seconds = max_seconds
         self.crop = crop
         self.dense_frames = dense_frames
-        self.token_drop = token_drop
         self.mixup = mixup
         self.sampler = sampler or Sampler()
         self.packing = packing or Packing()
         self.seed = seed
-        if not 0 <= token_drop < 1:
-            raise ValueError(f"token_drop must lie in [0, 1), got {token_drop}")
+        if isinstance(token_drop, int | float):
+            if not 0 <= token_drop < 1:
+                raise ValueError(f"token_drop must lie in [0, 1), got {token_drop}")
+            token_drop = UnstructuredMask(token_drop) if token_drop else None
+        self.drop: Mask | None = token_drop
         if max_seconds is not None and max_seconds <= 0:
             raise ValueError(f"max_seconds must be positive, got {max_seconds}")
         least = max(each.min_frames() for each in self.geometries)
@@ -243,7 +246,7 @@ class Planner:
                 each: BatchBudget.for_dense(self._dense_tokens(each), frames, **sizes)
                 for each in self.geometries
             }
-        sizes["token_drop"] = self.token_drop
+        sizes["drop"] = self.drop
         most = [BatchBudget.for_tokens(self.budget, each, **sizes) for each in self.geometries]
         if len(most) == 1:
             return {self.geometries[0]: most[0]}
@@ -270,7 +273,7 @@ class Planner:
     def _dense_tokens(self, geometry: PatchGeometry) -> TokenBudget:
         """The tokens of full batches of clips of ``dense_frames``."""
         patches = geometry.freq_patches * geometry.time_patches(self.dense_frames)
-        length = int(self._num_tokens(patches))
+        length = int(self._num_tokens(patches, geometry))
         return TokenBudget(self.budget.clips * length, self.budget.clips, length)
 
     def _make(self, epoch: int) -> EpochPlan:
@@ -292,7 +295,9 @@ class Planner:
         all_patches = np.stack(
             [self._num_patches(num_samples, frame_shift, each, pool) for each in self.geometries]
         )
-        all_tokens = self._num_tokens(all_patches)
+        all_tokens = np.stack(
+            [self._num_tokens(*each) for each in zip(all_patches, self.geometries, strict=True)]
+        )
         bins = self._deal(all_tokens.max(0), epoch)
         drawn = self._draw_patch_sizes(len(bins) // self.packing.group, epoch)
         drawn_for = np.zeros(len(lengths), np.int64)
@@ -371,14 +376,17 @@ class Planner:
             frames = self.framing.num_frames(padded, frame_shift)
         return geometry.freq_patches * geometry.time_patches(frames, pool)
 
-    def _num_tokens(self, patches: np.ndarray | int) -> np.ndarray | int:
+    def _num_tokens(self, patches: np.ndarray | int, geometry: PatchGeometry) -> np.ndarray | int:
         """Rows of the token stream that a clip takes: the patches it keeps and the prefix."""
-        return kept_patches(patches, self.token_drop) + self.geometries[0].prefix
+        if self.drop is not None:
+            freq = geometry.freq_patches
+            patches = self.drop.num_kept(freq, patches // freq)
+        return patches + geometry.prefix
 
     def _dense_budget(self, budget: TokenBudget, dense_frames: int) -> TokenBudget:
         """The part of a budget that clips of equal size can fill."""
         length = max(
-            int(self._num_tokens(each.freq_patches * each.time_patches(dense_frames)))
+            int(self._num_tokens(each.freq_patches * each.time_patches(dense_frames), each))
             for each in self.geometries
         )
         clips = min(budget.clips, budget.tokens // length)
@@ -400,7 +408,7 @@ class Planner:
             pool = np.full(len(longest), self.time_pools.min())
         tokens = np.max(
             [
-                self._num_tokens(self._num_patches(longest, finest, g, pool))
+                self._num_tokens(self._num_patches(longest, finest, g, pool), g)
                 for g in self.geometries
             ],
             0,

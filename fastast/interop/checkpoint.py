@@ -23,6 +23,7 @@ ElasticAST."""
 
 # The first whose keys are all there. Some have the keys of another, and more.
 _SIGNATURES = {
+    "audio_mae": ("mask_token", "decoder_pos_embed", "decoder_pred.weight"),
     "hts_at": ("tscam_conv.weight", "bn0.weight"),
     "elastic_ast": ("pos_embed_freq", "patch_embed.0.weight"),
     "flexi_ast": ("pos_embed.pos_embed", "patch_embed.proj.weight"),

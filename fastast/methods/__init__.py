@@ -1,6 +1,7 @@
 """Objectives: what a model is trained for."""
 
+from fastast.methods.audio_mae import MaskedReconstruction
 from fastast.methods.ssast import MaskedSpectrogramModeling
 from fastast.methods.supervised import Supervised
 
-__all__ = ["MaskedSpectrogramModeling", "Supervised"]
+__all__ = ["MaskedReconstruction", "MaskedSpectrogramModeling", "Supervised"]

@@ -22,12 +22,12 @@ from fastast.data import (
 )
 from fastast.data.datasets import load_manifests
 from fastast.frontend import MelFrontend
-from fastast.methods import MaskedSpectrogramModeling, Supervised
+from fastast.methods import MaskedReconstruction, MaskedSpectrogramModeling, Supervised
 from fastast.models import FlexiAST, create_model, create_pretraining_model
 from fastast.nn import MelFilterbank
 from fastast.ops import Framing, hop_from_ms
 from fastast.segments import TokenBudget
-from fastast.tokens import ClusteredMask, PatchGeometry, UnstructuredMask
+from fastast.tokens import ClusteredMask, Mask, PatchGeometry, StructuredMask, UnstructuredMask
 from fastast.train.recipe import FILTERBANK_SETTINGS, DataConfig, Recipe
 
 PARTS = ("train", "validation", "test")
@@ -119,6 +119,8 @@ def build_method(recipe: Recipe, num_classes: int, *, multi_label: bool = False)
         raise ValueError("frontend.mean and frontend.std are not set; measure them first")
     if recipe.train.method == "ssast":
         return _ssast(recipe)
+    if recipe.train.method == "audio_mae":
+        return _audio_mae(recipe)
     return _supervised(recipe, num_classes, multi_label)
 
 
@@ -149,15 +151,7 @@ def _supervised(recipe: Recipe, num_classes: int, multi_label: bool) -> Supervis
 
 
 def _ssast(recipe: Recipe) -> MaskedSpectrogramModeling:
-    for name, value in (
-        ("train.loss", recipe.train.loss),
-        ("train.label_smoothing", recipe.train.label_smoothing),
-        ("augment.token_drop", recipe.augment.token_drop),
-        ("model.init", recipe.model.init),
-        ("model.pool", recipe.model.pool),
-    ):
-        if value:
-            raise ValueError(f"{name} ({value}) means nothing to train.method ssast: leave it out")
+    _check_unsupervised(recipe)
     config = recipe.ssast
     model = _build_model(recipe, create_pretraining_model)
     if model.geometry.freq_patches == 1:
@@ -173,6 +167,43 @@ def _ssast(recipe: Recipe) -> MaskedSpectrogramModeling:
         separate_masks=config.separate_masks,
         seed=recipe.train.seed,
     )
+
+
+def _audio_mae(recipe: Recipe) -> MaskedReconstruction:
+    _check_unsupervised(recipe)
+    settings = asdict(recipe.audio_mae)
+    ratios = [settings.pop(name) for name in ("mask_ratio", "time_ratio", "freq_ratio")]
+    if settings.pop("masking") == "unstructured":
+        mask = UnstructuredMask(ratios[0])
+    else:
+        mask = StructuredMask(*ratios[1:])
+    targets, average = settings.pop("targets"), settings.pop("average")
+    return MaskedReconstruction(
+        _build_model(recipe, partial(create_pretraining_model, mask=mask, **settings)),
+        _build_frontend(recipe),
+        normalise=targets == "normalised",
+        average=average,
+        seed=recipe.train.seed,
+    )
+
+
+def _check_unsupervised(recipe: Recipe) -> None:
+    """Rejects settings of classification where nothing is classified."""
+    method, augment = recipe.train.method, recipe.augment
+    for name, value in (
+        ("train.loss", recipe.train.loss),
+        ("train.label_smoothing", recipe.train.label_smoothing),
+        ("augment.token_drop", augment.token_drop),
+        ("augment.time_drop", augment.time_drop),
+        ("augment.freq_drop", augment.freq_drop),
+        ("model.init", recipe.model.init),
+        ("model.pool", recipe.model.pool),
+        ("model.drop_path", recipe.model.drop_path),
+    ):
+        if value:
+            raise ValueError(
+                f"{name} ({value}) means nothing to train.method {method}: leave it out"
+            )
 
 
 def _build_model(recipe: Recipe, create: Callable[..., nn.Module]) -> nn.Module:
@@ -276,6 +307,18 @@ def seconds_of(recipe: Recipe, frames: int) -> float:
     return int(framing_of(recipe).least_samples(frames, shift)) / rate
 
 
+def _token_drop(recipe: Recipe) -> float | Mask:
+    augment = recipe.augment
+    if not (augment.time_drop or augment.freq_drop):
+        return augment.token_drop
+    if augment.token_drop:
+        raise ValueError(
+            "augment.token_drop drops tokens one by one, augment.time_drop and augment.freq_drop "
+            "whole times and frequencies: choose one of the two"
+        )
+    return StructuredMask(augment.time_drop, augment.freq_drop)
+
+
 def make_loader(
     recipe: Recipe,
     dataset: AudioDataset,
@@ -362,7 +405,7 @@ def make_loader(
         max_seconds=limit,
         crop=crop,
         dense_frames=dense_frames,
-        token_drop=augment.token_drop if training else 0.0,
+        token_drop=_token_drop(recipe) if training else 0.0,
         mixup=mixup,
         sampler=sampler,
         packing=Packing(

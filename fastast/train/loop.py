@@ -27,7 +27,7 @@ from fastast.train.build import (
     make_loader,
 )
 from fastast.train.distributed import Ranks, joined
-from fastast.train.evaluate import Score, evaluate
+from fastast.train.evaluate import Score, evaluate, loss_weight_of
 from fastast.train.init import start_from
 from fastast.train.log import RunLog
 from fastast.train.meter import Meter
@@ -131,10 +131,11 @@ def pick_metric(recipe: Recipe, multi_label: bool) -> str:
     """
     metric = recipe.train.metric
     if not learns_classes(recipe):
-        if metric in ("mAP", "mAUC"):
+        known = ("loss", "accuracy") if recipe.train.method == "ssast" else ("loss",)
+        if metric is not None and metric not in known:
             raise ValueError(
                 f"train.metric is {metric}, but train.method {recipe.train.method} learns no "
-                "classes: use loss or accuracy"
+                f"classes: use {' or '.join(known)}"
             )
         return metric or "loss"
     if metric == "accuracy" and multi_label:
@@ -257,6 +258,7 @@ class _Training:
         if state is None and recipe.model.init is not None:
             start_from(self.method.model, recipe.model.name, recipe.model.init)
         self.method.to(self.device)
+        self.loss_weight = loss_weight_of(self.method)
         self.loader = self._training_loader(recipe)
         self.validation = None
         if data.validation is not None:
@@ -387,8 +389,8 @@ class _Training:
         loss = torch.zeros((), device=self.device)
         # Counted, not planned: clips that could not be read are not there. DDP takes the mean over
         # the ranks, and the sum is wanted.
-        clips = self.ranks.sum(torch.tensor(sum(batch.num_clips for batch in batches)))
-        denominator = max(int(clips), 1) / self.ranks.size
+        weight = self.ranks.sum(torch.tensor(sum(map(self.loss_weight, batches))))
+        denominator = max(int(weight), 1) / self.ranks.size
         for index, batch in enumerate(batches):
             self.meter.count(batch, self._flops(batch))
             if self.config.log_clips:

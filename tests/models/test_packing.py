@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastast import (
     AST,
     SSAST,
+    AudioMAE,
     ElasticAST,
     FlexiAST,
     Segments,
@@ -33,6 +34,7 @@ MODELS = {
     "ast": lambda: AST(CLASSES, input_frames=40, stride=(4, 3), **SIZE),
     "ssast-mean": lambda: SSAST(CLASSES, input_frames=40, stride=(4, 3), **SIZE),
     "ssast-cls": lambda: SSAST(CLASSES, input_frames=40, stride=(4, 4), pool="cls", **SIZE),
+    "audio-mae": lambda: AudioMAE(CLASSES, drop_path=0.0, **SIZE),
     "flexi": lambda: FlexiAST(CLASSES, input_frames=40, **SIZE),
 }
 
