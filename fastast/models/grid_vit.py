@@ -19,7 +19,7 @@ from fastast.models.flops import Flops
 from fastast.models.vit import PatchEmbed, Trunk, as_stream, init_vit_weights
 from fastast.nn import MeanPool
 from fastast.segments import Spectrograms
-from fastast.tokens import GridPositions, PatchGeometry, PatchGrid
+from fastast.tokens import GridPositions, PatchGeometry, PatchGrid, resize_positions
 
 
 class GridViT(nn.Module):
@@ -148,6 +148,50 @@ class GridClassifier(GridViT):
         clips = int((np.asarray(tokens) > 0).sum())
         head = flops.linear(clips, self.head.in_features, self.head.out_features)
         return self.encoding_flops(tokens) + Flops(head, 0)
+
+
+@torch.no_grad()
+def take_over(model: GridViT, other: GridViT) -> None:
+    """Gives a model the embedding, class tokens, positions and trunk of another.
+
+    The table of positions is resized to the model's grid where that is larger, and loses its edges
+    where it is smaller, as in SSAST. What the model has besides stays as it is.
+
+    Raises:
+        ValueError: patches or trunk of other sizes.
+    """
+    weights, own = _shared(other), _shared(model)
+    if other.geometry.patch_size != model.geometry.patch_size:
+        raise ValueError(
+            f"patch_size {model.geometry.patch_size} differs from the pre-trained "
+            f"{other.geometry.patch_size}: use patches of one size"
+        )
+    weights["positions.table"] = resize_positions(
+        weights["positions.table"],
+        other.positions.grid,
+        model.positions.grid,
+        prefix=model.geometry.prefix,
+        shrink="cut",
+    )
+    if wrong := [
+        name for name in own if name not in weights or weights[name].shape != own[name].shape
+    ] or sorted(weights.keys() - own.keys()):
+        raise ValueError(
+            f"{wrong[0]} is not as in the pre-trained weights: the trunk must be of the same "
+            "dim, depth and num_heads"
+        )
+    heads, pretrained = (each.trunk.blocks[0].attn.num_heads for each in (model, other))
+    if heads != pretrained:
+        raise ValueError(f"num_heads ({heads}) differs from the pre-trained {pretrained}")
+    model.load_state_dict(weights, strict=False)
+
+
+def _shared(model: GridViT) -> dict[str, Tensor]:
+    """What a model and the one it was pre-trained as have in common."""
+    parts = ("patch_embed", "prefix", "positions", "trunk")
+    return {
+        name: value for name, value in model.state_dict().items() if name.split(".")[0] in parts
+    }
 
 
 def mean_of_class_tokens(features: Tensor, grid: PatchGrid) -> Tensor:

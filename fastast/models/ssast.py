@@ -23,11 +23,12 @@ from fastast.models.grid_vit import (
     GridViT,
     mean_of_class_tokens,
     mean_of_patches,
+    take_over,
 )
 from fastast.models.registry import register_model
 from fastast.models.vit import TRUNK_SIZES, TrunkSize, as_stream
 from fastast.segments import Spectrograms
-from fastast.tokens import PatchGrid, resize_positions
+from fastast.tokens import PatchGrid
 
 
 class SSAST(GridClassifier):
@@ -93,7 +94,6 @@ class SSAST(GridClassifier):
         pooled = mean_of_patches if self.pool == "mean" else mean_of_class_tokens
         return pooled(features, grid)
 
-    @torch.no_grad()
     def start_from(self, other: SSAST | SSASTPretraining) -> None:
         """Takes over all but norm and classifier, the table of positions adapted to this grid.
 
@@ -104,35 +104,7 @@ class SSAST(GridClassifier):
         Raises:
             ValueError: patches or trunk of other sizes.
         """
-        weights = {
-            name: value
-            for name, value in other.state_dict().items()
-            if name.split(".")[0] in ("patch_embed", "prefix", "positions", "trunk")
-        }
-        if other.geometry.patch_size != self.geometry.patch_size:
-            raise ValueError(
-                f"patch_size {self.geometry.patch_size} differs from the pre-trained "
-                f"{other.geometry.patch_size}: use patches of one size"
-            )
-        weights["positions.table"] = resize_positions(
-            weights["positions.table"],
-            other.positions.grid,
-            self.positions.grid,
-            prefix=self.geometry.prefix,
-            shrink="cut",
-        )
-        own = self.state_dict()
-        if wrong := [
-            name
-            for name in own
-            if not name.startswith(("norm.", "head."))
-            and (name not in weights or weights[name].shape != own[name].shape)
-        ] or sorted(weights.keys() - own.keys()):
-            raise ValueError(
-                f"{wrong[0]} is not as in the pre-trained weights: the trunk must be of the same "
-                "dim, depth and num_heads"
-            )
-        self.load_state_dict(weights, strict=False)
+        take_over(self, other)
 
 
 class Restored(NamedTuple):

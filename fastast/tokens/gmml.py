@@ -219,7 +219,7 @@ class GMML:
             self._interval(bins, self.align[0], bits[..., 2], bits[..., 3]),
             (ratio * (lengths * num_mels)).ceil().long(),
             alien,
-            _another(lengths, head[:, 2]),
+            another_clip(lengths, head[:, 2]),
         )
 
     def _interval(self, size: Tensor, align: int, *bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,7 +296,7 @@ def _blocks_needed(rank: Tensor, most: int, needed: Tensor, drawn: int) -> Tenso
     return count.clamp(max=drawn).to(rank.dtype)
 
 
-def _another(lengths: Tensor, bits: Tensor) -> Tensor:
+def another_clip(lengths: Tensor, bits: Tensor) -> Tensor:
     """For each clip another one that has frames, uniformly; itself if there is none."""
     if len(lengths) == 0:
         return lengths
