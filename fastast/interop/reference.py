@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from fastast.interop import ast, elastic_ast, flexi_ast, hts_at, ssast
+from fastast.interop import asit, ast, elastic_ast, flexi_ast, hts_at, ssast
 
 _CONVERTERS: dict[str, Callable[[dict[str, Tensor], dict], nn.Module]] = {
+    "asit": asit.from_state_dict,
     "ast": ast.from_state_dict,
     "elastic_ast": elastic_ast.from_state_dict,
     "flexi_ast": flexi_ast.from_state_dict,
@@ -25,8 +26,8 @@ def from_reference(
     Args:
         state_dict: as published; a leading ``module.`` of each key is ignored.
         family: ``"ast"`` (YuanGongND/ast), ``"ssast"`` (YuanGongND/ssast), ``"elastic_ast"``
-            (JiuFengSC/ElasticAST), ``"flexi_ast"`` (JiuFengSC/FlexiAST_INTERSPEECH23) or
-            ``"hts_at"`` (RetroCirce/HTS-Audio-Transformer).
+            (JiuFengSC/ElasticAST), ``"flexi_ast"`` (JiuFengSC/FlexiAST_INTERSPEECH23),
+            ``"asit"`` (Sara-Ahmed/ASiT) or ``"hts_at"`` (RetroCirce/HTS-Audio-Transformer).
         config: what the keys cannot say, as the family's converter documents.
 
     Returns:

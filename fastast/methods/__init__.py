@@ -1,6 +1,7 @@
 """Objectives: what a model is trained for."""
 
+from fastast.methods.asit import MaskedDistillation
 from fastast.methods.ssast import MaskedSpectrogramModeling
 from fastast.methods.supervised import Supervised
 
-__all__ = ["MaskedSpectrogramModeling", "Supervised"]
+__all__ = ["MaskedDistillation", "MaskedSpectrogramModeling", "Supervised"]

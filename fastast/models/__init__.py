@@ -1,5 +1,6 @@
 """Audio spectrogram transformers over packed streams."""
 
+from fastast.models.asit import ASiT, ASiTPretraining
 from fastast.models.ast import AST
 from fastast.models.elastic_ast import ElasticAST
 from fastast.models.flexi_ast import FlexiAST
@@ -11,6 +12,8 @@ __all__ = [
     "AST",
     "HTSAT",
     "SSAST",
+    "ASiT",
+    "ASiTPretraining",
     "ElasticAST",
     "FlexiAST",
     "SSASTPretraining",
