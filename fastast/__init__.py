@@ -4,7 +4,7 @@ A batch is one flat stream of real tokens: clips of any length and any time reso
 end, and :class:`Segments` says where each begins. See ``docs/concepts.md``.
 """
 
-from fastast.interop import from_reference
+from fastast.interop import from_reference, to_reference
 from fastast.models import (
     AST,
     HTSAT,
@@ -46,4 +46,5 @@ __all__ = [
     "create_pretraining_model",
     "from_reference",
     "list_models",
+    "to_reference",
 ]

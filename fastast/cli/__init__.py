@@ -13,8 +13,9 @@ from collections.abc import Sequence
 COMMANDS = {
     "fit": "Trains a model from a recipe file; any setting can be overridden.",
     "evaluate": "Measures accuracy, mAP and more; also per class, over lengths and frame shifts.",
-    "predict": "Names the most likely classes of audio files.",
+    "predict": "Names the most likely classes of audio files, or what is heard when.",
     "embed": "Writes a trained model's embeddings of clips, for use elsewhere.",
+    "convert": "Makes a run of published weights, or the originals' form of a run.",
     "features": "Writes and draws the log-mel features of audio files.",
     "report": "Compares runs: results, settings that differ, learning curves.",
     "doctor": "Checks this installation and says what to mend.",

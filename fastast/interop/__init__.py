@@ -1,5 +1,5 @@
 """Other projects' weights in our models."""
 
-from fastast.interop.reference import from_reference
+from fastast.interop.reference import from_reference, to_reference
 
-__all__ = ["from_reference"]
+__all__ = ["from_reference", "to_reference"]

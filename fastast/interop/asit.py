@@ -6,8 +6,6 @@ time; here it is the other way round.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -19,16 +17,14 @@ def from_state_dict(weights: dict[str, Tensor], config: dict) -> ASiT | ASiTPret
     """Converts the weights of a student or a teacher: ``backbone.*``, ``head_cls.*`` and
     ``head_recons.*``.
 
-    A whole checkpoint gives its teacher, which the paper fine-tunes (section 4.2). With
-    ``config["num_classes"]``, an :class:`~fastast.models.ASiT` starts from the backbone with a new
-    classifier; else this is an :class:`~fastast.models.ASiTPretraining`.
+    The teacher is what the paper fine-tunes (section 4.2). With ``config["num_classes"]``, an
+    :class:`~fastast.models.ASiT` starts from the backbone with a new classifier; else this is an
+    :class:`~fastast.models.ASiTPretraining`.
 
     ``config``: ``num_mels`` (default 128) and ``num_heads`` (default 64 channels each, as in the
     published code; the paper's are of 128). Of an ASiT also ``stride`` (default 10 both ways) and
     ``input_frames`` (default as pre-trained).
     """
-    if isinstance(weights.get("teacher"), Mapping):
-        weights = {key.removeprefix("module."): x for key, x in weights["teacher"].items()}
     kernel = weights["backbone.patch_embed.proj.weight"]  # [dim, 1, time, frequency]
     dim, _, width, height = kernel.shape
     num_mels = config.get("num_mels", 128)
@@ -56,46 +52,97 @@ def from_state_dict(weights: dict[str, Tensor], config: dict) -> ASiT | ASiTPret
     return model
 
 
+def to_state_dict(model: ASiTPretraining) -> dict[str, Tensor]:
+    """The inverse, for models with the heads of the published code.
+
+    Raises:
+        ValueError: a model with the heads of the paper, which that code does not have.
+    """
+    if len(model.bottlenecks) == 2:
+        raise ValueError(
+            "ASiT's code has no place for two separate heads, which are the paper's: only models "
+            "made with as_code=True have its layout"
+        )
+    own, size = model.state_dict(), model.geometry.patch_size
+    weights = {theirs: own[ours] for theirs, ours in _names(len(model.trunk.blocks))}
+    table, grid = own["positions.table"], model.positions.grid
+    patches = table[1:].unflatten(0, grid).transpose(0, 1).flatten(0, 1)
+    weights |= {
+        "backbone.cls_token": own["prefix"][None],
+        "backbone.pos_embed": torch.cat([table[:1], patches])[None],
+        "backbone.patch_embed.proj.weight": _by_time(own["patch_embed.proj.weight"], size),
+        "head_recons.convTrans.weight": _by_time(own["decoder.6.weight"].T, size),
+    }
+    for layer, ours in _CLASSES:
+        weights[f"head_cls.{layer}.weight_g"] = torch.ones_like(own[ours][:, :1])
+    return weights
+
+
+_CLASSES = (("cls_layer", "global_classes.weight"), ("data_layer", "local_classes.weight"))
+
+
+def _names(depth: int) -> list[tuple[str, str]]:
+    """Their name and ours, of the tensors that are the same."""
+    parts = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    layers = [
+        (f"backbone.blocks.{block}.{part}", f"trunk.blocks.{block}.{part}")
+        for block in range(depth)
+        for part in parts
+    ]
+    layers += [("backbone.norm", "trunk.norm")]
+    for layer in (0, 2, 4):
+        layers.append((f"head_cls.mlp.{layer}", f"bottlenecks.0.{layer}"))
+        layers.append((f"head_recons.mlp.{layer}", f"decoder.{layer}"))
+    return [
+        *((f"{theirs}.{x}", f"{ours}.{x}") for theirs, ours in layers for x in ("weight", "bias")),
+        ("backbone.patch_embed.proj.bias", "patch_embed.proj.bias"),
+        ("head_recons.convTrans.bias", "decoder.6.bias"),
+        *((f"head_cls.{layer}.weight_v", ours) for layer, ours in _CLASSES),
+    ]
+
+
 def _pretrained(weights: dict[str, Tensor], settings: dict) -> ASiTPretraining:
-    hidden, bottleneck = (weights[f"head_cls.mlp.{layer}.weight"].shape[0] for layer in (0, 4))
-    classes = {name: _directions(weights, name) for name in ("cls_layer", "data_layer")}
+    weights = weights | _classes(weights)
+    hidden, bottleneck = (len(weights[f"head_cls.mlp.{layer}.bias"]) for layer in (0, 4))
     model = ASiTPretraining(
         hidden=hidden,
         bottleneck=bottleneck,
-        global_classes=len(classes["cls_layer"]),
-        local_classes=len(classes["data_layer"]),
+        global_classes=len(weights["head_cls.cls_layer.weight_v"]),
+        local_classes=len(weights["head_cls.data_layer.weight_v"]),
         as_code=True,
         **settings,
     ).to(weights["backbone.cls_token"].dtype)
-    convolution = weights["head_recons.convTrans.weight"]  # [128, 1, time, frequency]
-    converted = _encoder(weights, model.positions.grid) | {
-        "global_classes.weight": classes["cls_layer"],
-        "local_classes.weight": classes["data_layer"],
-        "decoder.6.weight": _by_frequency(convolution).T,
-        "decoder.6.bias": weights["head_recons.convTrans.bias"],
+    converted = {ours: weights[theirs] for theirs, ours in _names(settings["depth"])}
+    table = weights["backbone.pos_embed"][0]
+    patches = table[1:].unflatten(0, model.positions.grid[::-1]).transpose(0, 1).flatten(0, 1)
+    converted |= {
+        "prefix": weights["backbone.cls_token"][0],
+        "positions.table": torch.cat([table[:1], patches]),
+        "patch_embed.proj.weight": _by_frequency(weights["backbone.patch_embed.proj.weight"]),
+        "decoder.6.weight": _by_frequency(weights["head_recons.convTrans.weight"]).T,
     }
-    for layer in (0, 2, 4):
-        for part in ("weight", "bias"):
-            converted[f"bottlenecks.0.{layer}.{part}"] = weights[f"head_cls.mlp.{layer}.{part}"]
-            converted[f"decoder.{layer}.{part}"] = weights[f"head_recons.mlp.{layer}.{part}"]
     model.load_state_dict(converted)
     return model
 
 
-def _encoder(weights: dict[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
-    """Patch embedding, class token, positions and trunk under our names."""
-    table = weights["backbone.pos_embed"][0]
-    patches = table[1:].unflatten(0, grid[::-1]).transpose(0, 1).flatten(0, 1)
-    converted = {
-        "patch_embed.proj.weight": _by_frequency(weights["backbone.patch_embed.proj.weight"]),
-        "patch_embed.proj.bias": weights["backbone.patch_embed.proj.bias"],
-        "prefix": weights["backbone.cls_token"][0],
-        "positions.table": torch.cat([table[:1], patches]),
-    }
-    for key, value in weights.items():
-        if key.startswith(("backbone.blocks.", "backbone.norm.")):
-            converted[key.replace("backbone.", "trunk.", 1)] = value
-    return converted
+def _classes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rows of the weight-normalised layers, whose lengths the code keeps at 1.
+
+    PyTorch names lengths and directions in two ways, by its version.
+    """
+    found = {}
+    for layer, _ in _CLASSES:
+        prefix, names = f"head_cls.{layer}", ("weight_g", "weight_v")
+        if f"{prefix}.weight_v" not in weights:
+            names = [f"parametrizations.weight.original{index}" for index in (0, 1)]
+        length, direction = (weights[f"{prefix}.{name}"] for name in names)
+        if not (length == 1).all():
+            raise ValueError(
+                f"{prefix} has rows of other lengths than 1, which are not those of ASiT's "
+                "classes: pass weights as its code saves them"
+            )
+        found[f"{prefix}.weight_v"] = direction
+    return found
 
 
 def _by_frequency(kernel: Tensor) -> Tensor:
@@ -103,20 +150,6 @@ def _by_frequency(kernel: Tensor) -> Tensor:
     return kernel[:, 0].transpose(1, 2).flatten(1)
 
 
-def _directions(weights: dict[str, Tensor], layer: str) -> Tensor:
-    """The rows of a weight-normalised layer, whose lengths the code keeps at 1.
-
-    PyTorch names the two parts of such a layer in two ways, by its version.
-    """
-    names = (
-        ("weight_g", "weight_v"),
-        ("parametrizations.weight.original0", "parametrizations.weight.original1"),
-    )
-    old = f"head_cls.{layer}.weight_v" in weights
-    length, direction = (weights[f"head_cls.{layer}.{name}"] for name in names[not old])
-    if not (length == 1).all():
-        raise ValueError(
-            f"head_cls.{layer} has rows of other lengths than 1, which are not those of ASiT's "
-            "classes: pass weights as its code saves them"
-        )
-    return direction
+def _by_time(rows: Tensor, size: tuple[int, int]) -> Tensor:
+    """The inverse, of patches of a size."""
+    return rows.unflatten(1, (1, *size)).transpose(2, 3)

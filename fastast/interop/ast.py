@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastast.interop.grid_vit import classifier
+from fastast.interop.grid_vit import classifier, to_classifier
 from fastast.models import AST
 
 
@@ -16,3 +16,8 @@ def from_state_dict(weights: dict[str, Tensor], config: dict) -> AST:
     ``input_frames`` says otherwise.
     """
     return classifier(AST, weights, config.get("stride", (10, 10)), config)
+
+
+def to_state_dict(model: AST) -> dict[str, Tensor]:
+    """The inverse; the unused ImageNet heads are not there."""
+    return to_classifier(model)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastast.interop.keys import count_blocks
 from fastast.models import ElasticAST
+from fastast.nn import AttentionPool
 
 
 def from_state_dict(weights: dict[str, Tensor], config: dict) -> ElasticAST:
@@ -61,3 +62,39 @@ def from_state_dict(weights: dict[str, Tensor], config: dict) -> ElasticAST:
             converted[f"pool.proj.{part}"] = weights[f"attn_pool.proj.{part}"]
     model.load_state_dict(converted)
     return model
+
+
+def to_state_dict(model: ElasticAST) -> dict[str, Tensor]:
+    """The inverse. What scales attention here goes into the queries there, and the key bias of the
+    pooling, which cancels, is zero."""
+    weights = model.state_dict()
+    dim = weights["positions.freq"].shape[1]
+    converted = {
+        "patch_embed.0.weight": weights["patch_embed.proj.weight"],
+        "patch_embed.0.bias": weights["patch_embed.proj.bias"],
+        "pos_embed_freq": weights["positions.freq"],
+        "pos_embed_time": weights["positions.time"],
+    }
+    for part in ("weight", "bias"):
+        converted[f"norm.{part}"] = weights[f"trunk.norm.{part}"]
+        converted[f"mlp_norm.{part}"] = weights[f"norm.{part}"]
+        converted[f"head.{part}"] = weights[f"head.{part}"]
+    attention = model.trunk.blocks[0].attn
+    scale = attention.scale or (dim // attention.num_heads) ** -0.5
+    for key, value in weights.items():
+        if not key.startswith("trunk.blocks."):
+            continue
+        name = "blocks.modules_list." + key.removeprefix("trunk.blocks.")
+        if ".attn.qkv." in key:
+            converted[name.replace("qkv", "to_q")] = scale * value[:dim]
+            converted[name.replace("qkv", "to_kv")] = value[dim:]
+        else:
+            converted[name] = value
+    if isinstance(model.pool, AttentionPool):
+        converted["attn_pool_queries"] = weights["pool.query"]
+        key_bias = torch.zeros_like(weights["pool.v.bias"])
+        for part, of_keys in (("weight", weights["pool.k.weight"]), ("bias", key_bias)):
+            converted[f"attn_pool.to_q.{part}"] = model.pool.scale * weights[f"pool.q.{part}"]
+            converted[f"attn_pool.to_kv.{part}"] = torch.cat([of_keys, weights[f"pool.v.{part}"]])
+            converted[f"attn_pool.proj.{part}"] = weights[f"pool.proj.{part}"]
+    return converted

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastast.interop.grid_vit import encoder, head, trunk_size
+from fastast.interop.grid_vit import encoder, head, to_encoder, to_head, trunk_size
 from fastast.models import FlexiAST
+
+_NAMES = ("patch_embed.proj", "pos_embed.pos_embed")
 
 
 def from_state_dict(weights: dict[str, Tensor], config: dict) -> FlexiAST:
@@ -36,6 +38,11 @@ def from_state_dict(weights: dict[str, Tensor], config: dict) -> FlexiAST:
         distilled=distilled,
         **trunk_size(weights),
     ).to(kernel.dtype)
-    converted = encoder(weights, "patch_embed.proj", "pos_embed.pos_embed") | head(weights)
+    converted = encoder(weights, *_NAMES) | head(weights)
     model.load_state_dict(converted)
     return model
+
+
+def to_state_dict(model: FlexiAST) -> dict[str, Tensor]:
+    """The inverse, without what the original keeps and does not use."""
+    return to_encoder(model, *_NAMES) | to_head(model)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastast.interop.keys import count_blocks
 from fastast.models import AST, SSAST
@@ -84,6 +84,42 @@ def head(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Last norm and classifier under our names."""
     return {
         f"{ours}.{part}": weights[f"mlp_head.{theirs}.{part}"]
+        for theirs, ours in enumerate(("norm", "head"))
+        for part in ("weight", "bias")
+    }
+
+
+def to_encoder(
+    model: nn.Module,
+    patch_embed: str = "v.patch_embed.proj",
+    table: str = "v.pos_embed",
+) -> dict[str, Tensor]:
+    """The inverse of :func:`encoder`."""
+    weights = model.state_dict()
+    kernel = weights["patch_embed.proj.weight"].unflatten(1, (1, *model.geometry.patch_size))
+    converted = {
+        f"{patch_embed}.weight": kernel,
+        f"{patch_embed}.bias": weights["patch_embed.proj.bias"],
+        table: weights["positions.table"][None],
+    }
+    for row, key in zip(weights["prefix"], ("v.cls_token", "v.dist_token"), strict=False):
+        converted[key] = row[None, None]
+    for key, value in weights.items():
+        if key.startswith("trunk."):
+            converted[key.replace("trunk.", "v.", 1)] = value
+    return converted
+
+
+def to_classifier(model: nn.Module) -> dict[str, Tensor]:
+    """The inverse of :func:`classifier`."""
+    return to_encoder(model) | to_head(model)
+
+
+def to_head(model: nn.Module) -> dict[str, Tensor]:
+    """The inverse of :func:`head`."""
+    weights = model.state_dict()
+    return {
+        f"mlp_head.{theirs}.{part}": weights[f"{ours}.{part}"]
         for theirs, ours in enumerate(("norm", "head"))
         for part in ("weight", "bias")
     }

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastast.interop.keys import count_blocks
 from fastast.models import HTSAT
+from fastast.models.hts_at import NEIGHBOURS
 
 PREFIX = "sed_model."
 
@@ -59,3 +60,20 @@ def from_state_dict(weights: dict[str, Tensor], config: dict) -> HTSAT:
         converted["bn0.running_var"] = (weights["bn0.running_var"] + eps) / spread**2 - eps
     model.load_state_dict(converted)
     return model
+
+
+def to_state_dict(model: HTSAT) -> dict[str, Tensor]:
+    """The inverse, without the front end and the tables that follow from the sizes.
+
+    Only of models of decibels: ``mean`` and ``std`` are not taken back.
+    """
+    converted = {f"{PREFIX}{key}": value for key, value in model.state_dict().items()}
+    kernel = converted[f"{PREFIX}patch_embed.proj.weight"]
+    converted[f"{PREFIX}patch_embed.proj.weight"] = kernel.unflatten(
+        1, (1, *model.geometry.patch_size)
+    )
+    head = converted.pop(f"{PREFIX}head.weight")
+    conv = head.unflatten(1, (NEIGHBOURS, model.last_grid[0], -1)).permute(0, 3, 2, 1)
+    converted[f"{PREFIX}tscam_conv.weight"] = conv
+    converted[f"{PREFIX}tscam_conv.bias"] = converted.pop(f"{PREFIX}head.bias")
+    return converted

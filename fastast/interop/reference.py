@@ -6,7 +6,16 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from fastast.interop import asit, ast, elastic_ast, flexi_ast, hts_at, ssast
+from fastast.interop import asit, ast, elastic_ast, flexi_ast, hts_at, ssast, transformers, vit
+from fastast.models import (
+    AST,
+    HTSAT,
+    SSAST,
+    ASiTPretraining,
+    ElasticAST,
+    FlexiAST,
+    SSASTPretraining,
+)
 
 _CONVERTERS: dict[str, Callable[[dict[str, Tensor], dict], nn.Module]] = {
     "asit": asit.from_state_dict,
@@ -15,6 +24,17 @@ _CONVERTERS: dict[str, Callable[[dict[str, Tensor], dict], nn.Module]] = {
     "flexi_ast": flexi_ast.from_state_dict,
     "hts_at": hts_at.from_state_dict,
     "ssast": ssast.from_state_dict,
+    "transformers": transformers.from_state_dict,
+    "vit": vit.from_state_dict,
+}
+_INVERSES: dict[type[nn.Module], tuple[str, Callable[[nn.Module], dict[str, Tensor]]]] = {
+    AST: ("ast", ast.to_state_dict),
+    ASiTPretraining: ("asit", asit.to_state_dict),
+    ElasticAST: ("elastic_ast", elastic_ast.to_state_dict),
+    FlexiAST: ("flexi_ast", flexi_ast.to_state_dict),
+    HTSAT: ("hts_at", hts_at.to_state_dict),
+    SSAST: ("ssast", ssast.to_state_dict),
+    SSASTPretraining: ("ssast", ssast.to_state_dict),
 }
 
 
@@ -27,7 +47,9 @@ def from_reference(
         state_dict: as published; a leading ``module.`` of each key is ignored.
         family: ``"ast"`` (YuanGongND/ast), ``"ssast"`` (YuanGongND/ssast), ``"elastic_ast"``
             (JiuFengSC/ElasticAST), ``"flexi_ast"`` (JiuFengSC/FlexiAST_INTERSPEECH23),
-            ``"asit"`` (Sara-Ahmed/ASiT) or ``"hts_at"`` (RetroCirce/HTS-Audio-Transformer).
+            ``"asit"`` (Sara-Ahmed/ASiT), ``"hts_at"`` (RetroCirce/HTS-Audio-Transformer),
+            ``"transformers"`` (Hugging Face's AST), or, of images and without a classifier,
+            ``"vit"`` (timm's ViT and DeiT).
         config: what the keys cannot say, as the family's converter documents.
 
     Returns:
@@ -45,3 +67,31 @@ def from_reference(
         raise ValueError(f"the state dict has no {error}: is it of the {family} family?") from error
     except (RuntimeError, IndexError) as error:
         raise ValueError(f"the state dict does not fit the {family} family: {error}") from error
+
+
+def to_reference(model: nn.Module, family: str | None = None) -> dict[str, Tensor]:
+    """The weights of a model with the keys and shapes of the original, for its own code to load.
+
+    What the original has and does not use (ImageNet heads), or makes anew from sizes (window
+    indices, filterbanks), is not there: load with ``strict=False``.
+
+    Args:
+        model: of :func:`from_reference` or :func:`~fastast.create_model`.
+        family: ``"transformers"`` for an AST with Hugging Face's keys. Default: the model's own.
+
+    Returns:
+        A state dict of detached tensors, without a leading ``module.``.
+
+    Raises:
+        ValueError: a model that no original has.
+    """
+    own, convert = _INVERSES.get(type(model), (None, None))
+    if family == "transformers" and own == "ast":
+        convert = transformers.to_state_dict
+    elif own is None or family not in (None, own):
+        known = [f"{kind.__name__} ({name})" for kind, (name, _) in _INVERSES.items()]
+        raise ValueError(
+            f"family {family or 'of its own'} has no {type(model).__name__}: there are "
+            f"{', '.join(known)}, and AST (transformers)"
+        )
+    return {key: value.detach().contiguous() for key, value in convert(model).items()}

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
-from fastast.interop.grid_vit import classifier, encoder, trunk_size
+from fastast.interop.grid_vit import classifier, encoder, to_classifier, to_encoder, trunk_size
 from fastast.models import SSAST, SSASTPretraining
+
+_HEADS = [
+    (f"{theirs}.{name}", f"{ours}.{name}")
+    for theirs, ours in (("cpredlayer", "discriminate"), ("gpredlayer", "generate"))
+    for name in ("0.weight", "0.bias", "2.weight", "2.bias")
+]
 
 
 def from_state_dict(weights: dict[str, Tensor], config: dict) -> SSAST | SSASTPretraining:
@@ -45,6 +52,22 @@ def from_state_dict(weights: dict[str, Tensor], config: dict) -> SSAST | SSASTPr
     return model
 
 
+def to_state_dict(model: SSAST | SSASTPretraining) -> dict[str, Tensor]:
+    """The inverse; the unused ImageNet heads are not there."""
+    if isinstance(model, SSAST):
+        return to_classifier(model)
+    weights = model.state_dict()
+    return (
+        to_encoder(model)
+        | {theirs: weights[ours] for theirs, ours in _HEADS}
+        | {
+            "mask_embed": weights["mask_token"][None, None],
+            "p_input_fdim": torch.tensor(model.geometry.num_mels),
+            "p_input_tdim": torch.tensor(model.input_frames),
+        }
+    )
+
+
 def _pretrained(weights: dict[str, Tensor]) -> SSASTPretraining:
     kernel = weights["v.patch_embed.proj.weight"]  # [dim, 1, height, width]
     model = SSASTPretraining(
@@ -54,9 +77,8 @@ def _pretrained(weights: dict[str, Tensor]) -> SSASTPretraining:
         **trunk_size(weights),
     ).to(kernel.dtype)
     converted = encoder(weights) | {"mask_token": weights["mask_embed"][0, 0]}
-    for theirs, ours in (("cpredlayer", "discriminate"), ("gpredlayer", "generate")):
-        for name in ("0.weight", "0.bias", "2.weight", "2.bias"):
-            converted[f"{ours}.{name}"] = weights[f"{theirs}.{name}"]
+    for theirs, ours in _HEADS:
+        converted[ours] = weights[theirs]
     model.load_state_dict(converted)
     return model
 

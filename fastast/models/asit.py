@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fastast.models import flops
 from fastast.models.flops import Flops
-from fastast.models.grid_vit import GridClassifier, GridViT, mean_of_class_tokens, take_over
+from fastast.models.grid_vit import GridClassifier, GridViT, mean_of_class_tokens
 from fastast.models.registry import register_model
 from fastast.segments import Spectrograms
 from fastast.tokens import PatchGrid
@@ -88,18 +88,6 @@ class ASiT(GridClassifier):
             time_pool=time_pool,
             time_pooling=time_pooling,
         )
-
-    def start_from(self, other: ASiT | ASiTPretraining) -> None:
-        """Takes over all but norm and classifier, the table of positions adapted to this grid.
-
-        Args:
-            other: a model with patches and a trunk of the same sizes; its stride, mel bins and
-                ``input_frames`` may be others.
-
-        Raises:
-            ValueError: patches or trunk of other sizes.
-        """
-        take_over(self, other)
 
 
 class Assigned(NamedTuple):

@@ -12,14 +12,16 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from fastast.models import flops
 from fastast.models.flops import Flops
+from fastast.models.grid_vit import GridViT, check_source, take_over
 from fastast.models.vit import PatchEmbed, Trunk, as_stream, init_vit_weights, register_sizes
 from fastast.nn import AttentionPool, MeanPool
 from fastast.segments import Spectrograms
-from fastast.tokens import FactorisedPositions, PatchGeometry, PatchGrid
+from fastast.tokens import FactorisedPositions, PatchGeometry, PatchGrid, resize_positions
 
 
 class ElasticAST(nn.Module):
@@ -97,6 +99,54 @@ class ElasticAST(nn.Module):
         """
         return self.head(self.embed(inputs, grid))
 
+    def start_from(self, other: GridViT | ElasticAST) -> None:
+        """Takes over what a pre-trained model has learnt; the last norm and classifier stay.
+
+        Of a ViT, AST or SSAST these are patch embedding and trunk, and what can be made of the rest
+        (section 3.2 names the weights; this is how the original's code uses them):
+
+        - positions: the table without its class tokens is adapted to ``freq_patches`` by
+          ``max_time_patches`` as AST does it (the middle of an axis that shrinks, bilinear where it
+          grows). A row of ``time`` is its mean over frequency, one of ``freq`` its mean over time.
+        - attention pooling: projections are the sum of those of all blocks over six times their
+          number. (The code means to average, and counts the six tensors that a block has.) The
+          pooled row is normalised, so a sixth mostly means that pooling begins close to the mean of
+          a clip's tokens. The query stays as it is.
+
+        Scores keep this model's scale: with the usual one, the blocks compute what they computed
+        where they come from. The original scales nothing, so that its scores begin 8 times as large
+        at heads of 64; ``attention_scale=1`` does so too.
+
+        Args:
+            other: with patches and a trunk of the same sizes. Of an ElasticAST, all is taken.
+
+        Raises:
+            ValueError: patches, trunk, tables or pooling of other sizes.
+        """
+        if isinstance(other, ElasticAST):
+            if self.trunk.blocks[0].attn.scale != other.trunk.blocks[0].attn.scale:
+                raise ValueError("the pre-trained model has another attention_scale: use its own")
+            taken = {
+                name: value
+                for name, value in other.state_dict().items()
+                if not name.startswith(("norm.", "head."))
+            }
+            return take_over(self, taken, new=("norm.", "head."))
+        check_source(self, other)
+        weights = {
+            name: value
+            for name, value in other.state_dict().items()
+            if name.startswith(("patch_embed.", "trunk."))
+        }
+        grid = (self.geometry.freq_patches, self.positions.time.shape[0])
+        patches = other.positions.table[other.geometry.prefix :].detach()
+        table = resize_positions(patches, other.positions.grid, grid, shrink="cut")
+        table = table.unflatten(0, grid)
+        weights["positions.time"], weights["positions.freq"] = table.mean(0), table.mean(1)
+        if isinstance(self.pool, AttentionPool):
+            weights |= _pool_of_blocks(weights)
+        take_over(self, weights, new=("norm.", "head.", "pool.query"))
+
     def flops(self, tokens: Sequence[int] | np.ndarray) -> Flops:
         """Of clips of so many tokens each; see :mod:`fastast.models.flops`."""
         tokens = np.asarray(tokens, np.int64)
@@ -108,6 +158,21 @@ class ElasticAST(nn.Module):
             pooling = flops.pool_folded(self.head.in_features, self.pool.num_heads, total, clips)
         head = flops.linear(clips, self.head.in_features, self.head.out_features)
         return Flops(first + trunk + pooling + head, first)
+
+
+def _pool_of_blocks(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The pooling attention's projections, of those of a trunk."""
+
+    def sixth_of_the_mean(name: str) -> Tensor:
+        of_blocks = [value for key, value in weights.items() if key.endswith(f".attn.{name}")]
+        return torch.stack(of_blocks).mean(0) / 6
+
+    pool = {f"pool.proj.{part}": sixth_of_the_mean(f"proj.{part}") for part in ("weight", "bias")}
+    for part in ("weight", "bias"):
+        found = zip("qkv", sixth_of_the_mean(f"qkv.{part}").chunk(3), strict=True)
+        pool |= {f"pool.{name}.{part}": value for name, value in found}
+    del pool["pool.k.bias"]  # it cancels, so there is none
+    return pool
 
 
 register_sizes("elastic_ast", ElasticAST)

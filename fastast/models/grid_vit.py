@@ -142,6 +142,44 @@ class GridClassifier(GridViT):
         """
         return self.head(self.embed(inputs, grid))
 
+    def start_from(self, other: GridViT) -> None:
+        """Takes over all but norm and classifier, the table of positions adapted to this grid.
+
+        Where this grid has fewer patches along an axis, the middle of the table is taken; where it
+        has more, the table is resized bilinearly (AST, section 2.2, from images; SSAST).
+
+        Args:
+            other: a model with patches and a trunk of the same sizes, such as one that was
+                pre-trained, or :func:`~fastast.from_reference` makes of a ViT; its stride, mel bins
+                and ``input_frames`` may be others.
+
+        Raises:
+            ValueError: class tokens, heads, patches or trunk of another number or size.
+        """
+        check_source(self, other)
+        if other.geometry.prefix != self.geometry.prefix:
+            raise ValueError(
+                f"the pre-trained model has {other.geometry.prefix} class tokens, this one "
+                f"{self.geometry.prefix}: choose one with as many (AST's distilled says whether "
+                "there is a second)"
+            )
+        own, theirs = (each.trunk.blocks[0].attn.num_heads for each in (self, other))
+        if own != theirs:
+            raise ValueError(f"num_heads ({own}) differs from the pre-trained {theirs}")
+        weights = {
+            name: value
+            for name, value in other.state_dict().items()
+            if name.startswith(("patch_embed.", "prefix", "positions.", "trunk."))
+        }
+        weights["positions.table"] = resize_positions(
+            weights["positions.table"],
+            other.positions.grid,
+            self.positions.grid,
+            prefix=self.geometry.prefix,
+            shrink="cut",
+        )
+        take_over(self, weights, new=("norm.", "head."))
+
     def flops(self, tokens: Sequence[int] | np.ndarray) -> Flops:
         """Of clips of so many tokens each, the class tokens included; see
         :mod:`fastast.models.flops`."""
@@ -150,48 +188,45 @@ class GridClassifier(GridViT):
         return self.encoding_flops(tokens) + Flops(head, 0)
 
 
-@torch.no_grad()
-def take_over(model: GridViT, other: GridViT) -> None:
-    """Gives a model the embedding, class tokens, positions and trunk of another.
+def check_source(model: nn.Module, other: nn.Module) -> None:
+    """Raises ValueError unless ``model`` can start from ``other``: a ViT with its patches."""
+    if not isinstance(other, GridViT):
+        raise ValueError(
+            f"{type(model).__name__} starts from a ViT, an AST, an SSAST or an ASiT, not from "
+            f"{type(other).__name__}"
+        )
+    own, theirs = model.geometry.patch_size, other.geometry.patch_size
+    if own != theirs:
+        raise ValueError(
+            f"patch_size {own} differs from the pre-trained {theirs}: use patches of one size"
+        )
 
-    The table of positions is resized to the model's grid where that is larger, and loses its edges
-    where it is smaller, as in SSAST. What the model has besides stays as it is.
+
+@torch.no_grad()
+def take_over(model: nn.Module, weights: dict[str, Tensor], *, new: tuple[str, ...]) -> None:
+    """Puts pre-trained weights into a model, which has all of them but what is new.
+
+    Args:
+        model: to be filled.
+        weights: by the model's names.
+        new: beginnings of the names that stay as they are.
 
     Raises:
-        ValueError: patches or trunk of other sizes.
+        ValueError: a weight is missing, too many or of another shape.
     """
-    weights, own = _shared(other), _shared(model)
-    if other.geometry.patch_size != model.geometry.patch_size:
-        raise ValueError(
-            f"patch_size {model.geometry.patch_size} differs from the pre-trained "
-            f"{other.geometry.patch_size}: use patches of one size"
-        )
-    weights["positions.table"] = resize_positions(
-        weights["positions.table"],
-        other.positions.grid,
-        model.positions.grid,
-        prefix=model.geometry.prefix,
-        shrink="cut",
-    )
-    if wrong := [
-        name for name in own if name not in weights or weights[name].shape != own[name].shape
-    ] or sorted(weights.keys() - own.keys()):
+    own = model.state_dict()
+    wrong = [
+        name
+        for name in own
+        if not name.startswith(new)
+        and (name not in weights or weights[name].shape != own[name].shape)
+    ] or sorted(weights.keys() - own.keys())
+    if wrong:
         raise ValueError(
             f"{wrong[0]} is not as in the pre-trained weights: the trunk must be of the same "
             "dim, depth and num_heads"
         )
-    heads, pretrained = (each.trunk.blocks[0].attn.num_heads for each in (model, other))
-    if heads != pretrained:
-        raise ValueError(f"num_heads ({heads}) differs from the pre-trained {pretrained}")
     model.load_state_dict(weights, strict=False)
-
-
-def _shared(model: GridViT) -> dict[str, Tensor]:
-    """What a model and the one it was pre-trained as have in common."""
-    parts = ("patch_embed", "prefix", "positions", "trunk")
-    return {
-        name: value for name, value in model.state_dict().items() if name.split(".")[0] in parts
-    }
 
 
 def mean_of_class_tokens(features: Tensor, grid: PatchGrid) -> Tensor:

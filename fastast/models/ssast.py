@@ -23,7 +23,6 @@ from fastast.models.grid_vit import (
     GridViT,
     mean_of_class_tokens,
     mean_of_patches,
-    take_over,
 )
 from fastast.models.registry import register_model
 from fastast.models.vit import TRUNK_SIZES, TrunkSize, as_stream
@@ -93,18 +92,6 @@ class SSAST(GridClassifier):
     def _pooled(self, features: Tensor, grid: PatchGrid) -> Tensor:
         pooled = mean_of_patches if self.pool == "mean" else mean_of_class_tokens
         return pooled(features, grid)
-
-    def start_from(self, other: SSAST | SSASTPretraining) -> None:
-        """Takes over all but norm and classifier, the table of positions adapted to this grid.
-
-        Args:
-            other: a model with patches and a trunk of the same sizes; its stride, mel bins and
-                ``input_frames`` may be others.
-
-        Raises:
-            ValueError: patches or trunk of other sizes.
-        """
-        take_over(self, other)
 
 
 class Restored(NamedTuple):

@@ -11,14 +11,17 @@ import matplotlib
 matplotlib.use("Agg")  # files only; no display is needed
 
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.colors import TwoSlopeNorm  # noqa: E402
 
 from fastast.train.metrics import headline  # noqa: E402
 
 if TYPE_CHECKING:
     from fastast.train.features import Features
     from fastast.train.metrics import ClassScore
+    from fastast.train.timeline import Timeline
 
 _MOST_BARS = 60
+_MOST_ROWS = 20
 
 
 def plot_curves(
@@ -116,6 +119,36 @@ def plot_features(features: Sequence[Features], path: str | PathLike) -> None:
         figure.colorbar(image, ax=axis, pad=0.01, label="log mel")
     axes[-1, 0].set_xlabel("time (s)")
     _save(figure, path, dpi=100)
+
+
+def plot_timeline(timeline: Timeline, path: str | PathLike, threshold: float) -> None:
+    """Probabilities over time, a row for each class: the twenty that are ever likeliest.
+
+    Args:
+        timeline: of a recording.
+        path: of the image.
+        threshold: from which on a class counts as heard; the colours change there.
+    """
+    peaks = timeline.probabilities.max(0)
+    rows = sorted((-peaks).argsort(kind="stable")[:_MOST_ROWS].tolist())
+    edges = timeline.edges
+    unit, scale = ("min", 60) if edges[-1] > 180 else ("s", 1)
+    figure, axis = plt.subplots(figsize=(10, 1.2 + 0.25 * max(len(rows), 4)))
+    image = axis.pcolormesh(
+        edges / scale,
+        range(len(rows) + 1),
+        timeline.probabilities.T[rows],
+        cmap="RdYlBu_r",
+        norm=TwoSlopeNorm(threshold, 0.0, 1.0),
+        rasterized=True,
+    )
+    names = [timeline.class_names[row] for row in rows]
+    axis.set_yticks([place + 0.5 for place in range(len(rows))], names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel(f"time ({unit})")
+    axis.set_title(timeline.path, fontsize=8, loc="left")
+    figure.colorbar(image, ax=axis, pad=0.01, label="probability")
+    _save(figure, path)
 
 
 def plot_learning_curves(

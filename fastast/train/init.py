@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from fastast.interop import from_reference
+from fastast.interop.checkpoint import SUFFIXES, family_of, read_checkpoint
 from fastast.train.run import load_model
 
 
 def start_from(model: nn.Module, name: str, path: str | os.PathLike) -> None:
     """Fills a new model with pre-trained weights; its classifier stays as it is.
 
+    Nothing in the file is executed.
+
     Args:
         model: with a method ``start_from``, which adapts what depends on the input's size.
         name: of the model, such as ``ssast_patch_base``.
-        path: a run directory, a ``model.safetensors``, or weights of the model's family as its
-            authors publish them (``.pth``, ``.pt``).
+        path: a run directory, a ``model.safetensors`` of this library, or weights as others publish
+            them (:func:`~fastast.interop.checkpoint.read_checkpoint`): of SSAST, AST, or an
+            ImageNet ViT or DeiT with timm's keys.
 
     Raises:
         ValueError: a model that cannot start from others, no such file, a damaged one, or
@@ -29,15 +31,23 @@ def start_from(model: nn.Module, name: str, path: str | os.PathLike) -> None:
     if not hasattr(model, "start_from"):
         raise ValueError(f"model.init: {name} does not start from other models; leave it out")
     path = Path(path)
-    if path.suffix in (".pth", ".pt"):
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"model.init: {path} cannot be read: {error}") from error
-        source = from_reference(weights, name.split("_")[0])
-    else:
-        source = load_model(path)[0].model
+    try:
+        source = _open(path)
+    except ValueError as error:
+        raise ValueError(f"model.init: {error}") from error
     try:
         model.start_from(source)
     except ValueError as error:
         raise ValueError(f"model.init: {path} does not fit {name}: {error}") from error
+
+
+def _open(path: Path) -> nn.Module:
+    if path.suffix not in SUFFIXES:
+        return load_model(path)[0].model
+    checkpoint = read_checkpoint(path)
+    if "recipe" in checkpoint.metadata:  # of this library
+        return load_model(path)[0].model
+    try:
+        return from_reference(checkpoint.weights, family_of(checkpoint.weights))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

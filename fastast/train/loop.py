@@ -312,9 +312,7 @@ class _Training:
         )
 
     def _training_loader(self, recipe: Recipe) -> PackedLoader:
-        return self._make_loader(
-            recipe, self.data.train, training=True, fixed_shapes=self.compiled
-        )
+        return self._make_loader(recipe, self.data.train, training=True, fixed_shapes=self.compiled)
 
     def _compile(self, patch_sizes: int) -> nn.Module:
         """The method, to be compiled at its first step; anew for each patch size."""

@@ -16,7 +16,6 @@ from fastast.train.build import learns_classes, make_loader
 from fastast.train.recipe import Recipe
 
 
-@torch.inference_mode()
 def predict_files(
     method: Supervised,
     recipe: Recipe,
@@ -42,17 +41,43 @@ def predict_files(
         ValueError: the method learns no classes.
         AudioError: a file is missing or cannot be decoded.
     """
+    names = [str(number) for number in range(len(files))]  # a file may be asked for twice
+    manifest = Manifest([str(file) for file in files], [()] * len(files), [], names=names)
+    return predict_clips(method, recipe, manifest, device, title=title, unit="files")
+
+
+@torch.inference_mode()
+def predict_clips(
+    method: Supervised,
+    recipe: Recipe,
+    manifest: Manifest,
+    device: torch.device | str,
+    *,
+    title: str | None = None,
+    unit: str = "clips",
+) -> list[Tensor]:
+    """As :func:`predict_files`, of clips that may be parts of files.
+
+    Args:
+        method, recipe: from :func:`~fastast.train.load_model`.
+        manifest: the clips; labels are not looked at.
+        device: of the method.
+        title: of a progress bar, where the output is a terminal. Default: none.
+        unit: what the bar counts.
+
+    Raises:
+        ValueError: the method learns no classes.
+        AudioError: a file is missing or cannot be decoded.
+    """
     if not learns_classes(recipe):
         raise ValueError(
             f"the model was pre-trained without labels (train.method {recipe.train.method}) and "
             "knows no classes: fine-tune it first, with model.init"
         )
     recipe = replace(recipe, data=replace(recipe.data, max_seconds=None, bad_files="stop"))
-    names = [str(number) for number in range(len(files))]  # a file may be asked for twice
-    manifest = Manifest([str(file) for file in files], [()] * len(files), [], names=names)
     dataset = AudioDataset(manifest, recipe.data.sample_rate, cache=False)
-    found: list[Tensor] = [torch.empty(0)] * len(files)
-    with progress_bar(title, len(files), "files") as advance:
+    found: list[Tensor] = [torch.empty(0)] * len(manifest)
+    with progress_bar(title, len(manifest), unit) as advance:
         for batch in make_loader(recipe, dataset, method.model.geometry).epoch(0):
             logits = method(batch.to(device))["logits"]
             single = method.loss == "cross_entropy"

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -188,9 +188,10 @@ class RunDirectory:
         class_names: list[str],
         *,
         multi_label: bool = False,
+        notes: Mapping[str, str] | None = None,
     ) -> None:
-        """Writes weights, with all that is needed to use them."""
-        metadata = {
+        """Writes weights, with all that is needed to use them, and ``notes`` for whoever asks."""
+        metadata = dict(notes or {}) | {
             "format": FORMAT,
             "recipe": json.dumps(recipe.to_dict()),
             "class_names": json.dumps(class_names),

@@ -23,15 +23,17 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from fastast.data import generate_sounds
+from fastast.data import generate_sounds, write_wav
 from fastast.train import Recipe, evaluate_over, fit, load_data, load_model
 from fastast.train.figures import plot_curves
+from fastast.train.timeline import predict_timeline, write_timeline
 
 HERE = Path(__file__).resolve().parent
 MODELS = {"ElasticAST, native lengths": "elastic_ast", "AST, fixed at 1 s": "ast"}
 LENGTHS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
 FRAME_SHIFT_MS = 10.0
 COMPRESSION = (1.0, 1.4, 2.0, 2.6, 3.2, 4.0)
+CLIPS_OF_RECORDING = 12
 
 console = Console()
 
@@ -69,8 +71,10 @@ def main() -> None:
     figure = options.run_dir / "demo.png"
     plot_curves(curves, figure, frame_shift_ms=FRAME_SHIFT_MS)
     (options.run_dir / "demo.json").write_text(json.dumps(curves, indent=1) + "\n")
+    draw_recording(options.run_dir)
+    minutes = (time.perf_counter() - started) / 60
     console.print(
-        f"The figure is {figure}. Took {(time.perf_counter() - started) / 60:.1f} minutes.\n"
+        f"Figures: {figure}, {figure.with_name('recording.png')}. Took {minutes:.1f} minutes.\n"
         f"Try: .venv/bin/fastast predict {options.run_dir / 'elastic_ast'} some.wav",
         highlight=False,
     )
@@ -89,6 +93,25 @@ def train_and_evaluate(
     longest = max(test.lengths) / test.sample_rate
     lengths = [length for length in LENGTHS if length <= np.ceil(longest)]
     return evaluate_over(method, recipe, test, lengths=lengths, compression=COMPRESSION)
+
+
+def draw_recording(folder: Path) -> None:
+    """A test clip of each class, one after the other, and what ElasticAST hears when."""
+    method, recipe, class_names = load_model(folder / "elastic_ast")
+    test = load_data(recipe.data, ["test"]).test
+    _, rows = np.unique(test.labels, return_index=True)
+    clips = [test.waveform(row) for row in rows[:CLIPS_OF_RECORDING]]
+    write_wav(folder / "recording.wav", torch.cat(clips), test.sample_rate)
+    timeline = predict_timeline(
+        method,
+        recipe,
+        folder / "recording.wav",
+        "cpu",
+        window=1.0,
+        hop=0.25,
+        class_names=class_names,
+    )
+    write_timeline(timeline, folder, "recording", threshold=0.5)
 
 
 def read_recipe(path: Path, root: str | Path, tokens: int | None) -> Recipe:

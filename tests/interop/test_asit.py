@@ -1,10 +1,13 @@
 """ASiT's converted weights reproduce what the published code computed."""
 
+import argparse
+
 import numpy as np
 import pytest
 import torch
 
-from fastast import ASiT, ASiTPretraining, Spectrograms, from_reference
+from fastast import ASiT, ASiTPretraining, Spectrograms, from_reference, to_reference
+from fastast.interop.checkpoint import family_of, read_checkpoint
 from fastast.methods import MaskedDistillation
 from fastast.methods.asit import centering
 from fastast.models import create_pretraining_model
@@ -176,38 +179,12 @@ def small():
     return ASiTPretraining(depth=2, **size, **classes, as_code=True)
 
 
-def as_published(model):
-    """The model's weights as the code would save them."""
-    table, grid = model.positions.table[1:], model.positions.grid
-    table = table.unflatten(0, grid).transpose(0, 1).flatten(0, 1)
-    found = {
-        "backbone.cls_token": model.prefix[None],
-        "backbone.pos_embed": torch.cat([model.positions.table[:1], table])[None],
-        "head_recons.convTrans.bias": model.decoder[-1].bias,
-    }
-    size = model.geometry.patch_size
-    for key, kernel in (
-        ("backbone.patch_embed.proj.weight", model.patch_embed.proj.weight),
-        ("head_recons.convTrans.weight", model.decoder[-1].weight.T),
-    ):
-        found[key] = kernel.unflatten(1, (1, *size)).transpose(2, 3)
-    found["backbone.patch_embed.proj.bias"] = model.patch_embed.proj.bias
-    found |= {f"backbone.{key}": x for key, x in model.trunk.state_dict().items()}
-    for key, layers in (("head_cls", model.bottlenecks[0]), ("head_recons", model.decoder)):
-        for layer in (0, 2, 4):
-            found[f"{key}.mlp.{layer}.weight"] = layers[layer].weight
-            found[f"{key}.mlp.{layer}.bias"] = layers[layer].bias
-    for key, classes in (("cls", model.global_classes), ("data", model.local_classes)):
-        found[f"head_cls.{key}_layer.weight_v"] = classes.weight
-        found[f"head_cls.{key}_layer.weight_g"] = torch.ones(len(classes.weight), 1)
-    return {key: x.detach().clone() for key, x in found.items()}
-
-
 MELS_OF_SMALL = {"num_mels": 24}
 
 
 def test_every_weight_is_taken_over(small):
-    weights = as_published(small)
+    weights = to_reference(small)
+    assert family_of(weights) == "asit"
     found = from_reference(
         {f"module.{key}": x for key, x in weights.items()}, "asit", MELS_OF_SMALL
     )
@@ -222,12 +199,22 @@ def test_every_weight_is_taken_over(small):
         assert torch.equal(found.state_dict()[name], value), name
 
 
-def test_fine_tuning_starts_from_the_teacher(small):
-    weights = as_published(small)
+def test_layout(golden):
+    """What is exported has the original's keys and shapes."""
+    model = create_pretraining_model("asit_base", num_heads=12, as_code=True)
+    found = {key: list(x.shape) for key, x in to_reference(model).items()}
+    assert found == {key: entry["shape"] for key, entry in golden.tensors.items()}
+
+
+def test_fine_tuning_starts_from_the_teacher(small, tmp_path):
+    weights = to_reference(small)
     student = {f"module.{key}": torch.zeros_like(x) for key, x in weights.items()}
-    checkpoint = {"student": student, "teacher": weights, "epoch": 3}
+    args = argparse.Namespace(epochs=3)
+    checkpoint = {"student": student, "teacher": weights, "epoch": 3, "args": args}
+    torch.save(checkpoint, tmp_path / "checkpoint.pth")
+    found = read_checkpoint(tmp_path / "checkpoint.pth").weights
     config = MELS_OF_SMALL | {"num_classes": 3, "input_frames": 60, "stride": (8, 2)}
-    model = from_reference(checkpoint, "asit", config)
+    model = from_reference(found, "asit", config)
     assert isinstance(model, ASiT) and model.positions.grid == (3, 29)
     assert torch.equal(model.patch_embed.proj.weight, small.patch_embed.proj.weight)
     assert torch.equal(model.trunk.norm.bias, small.trunk.norm.bias)
@@ -235,11 +222,15 @@ def test_fine_tuning_starts_from_the_teacher(small):
 
 
 def test_what_does_not_fit_says_so(small):
-    weights = as_published(small)
+    weights = to_reference(small)
     with pytest.raises(ValueError, match="does not fill 10 rows of frequency"):
         from_reference(weights, "asit", {"num_mels": 80})
+    with pytest.raises(ValueError, match=r"num_heads \(2\) differs from the pre-trained 1"):
+        ASiT(2, patch_size=(8, 4), dim=64, depth=2, num_heads=2).start_from(small)
     weights["head_cls.cls_layer.weight_g"] *= 2
     with pytest.raises(ValueError, match=r"head_cls\.cls_layer has rows of other lengths than 1"):
         from_reference(weights, "asit", MELS_OF_SMALL)
     with pytest.raises(ValueError, match="is it of the asit family"):
         from_reference({"backbone.cls_token": torch.zeros(1, 1, 8)}, "asit")
+    with pytest.raises(ValueError, match="two separate heads"):
+        to_reference(create_pretraining_model("asit_small", dim=8, depth=1, num_heads=1))

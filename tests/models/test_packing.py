@@ -225,7 +225,7 @@ def test_ssast_by_name(size):
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: create_model("resnet", 5), "name must be one of ast_base, .*got 'resnet'"),
+        (lambda: create_model("resnet", 5), "name must be one of asit_base, .*got 'resnet'"),
         (lambda: create_pretraining_model("ast_tiny"), "to pre-train without .*got 'ast_tiny'"),
         (lambda: ElasticAST(5, pool="max"), "pool must be 'attention' or 'mean', got 'max'"),
         (lambda: SSAST(5, pool="max"), "pool must be 'mean' or 'cls', got 'max'"),

@@ -86,6 +86,7 @@ def test_demo_on_a_folder_of_ones_own(tones, tmp_path):
         result = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert result.returncode == 0, result.stderr
     assert "frame shift 40 ms" in result.stdout
-    assert (tmp_path / "demo" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("demo.png", "recording.png"):
+        assert (tmp_path / "demo" / name).read_bytes().startswith(b"\x89PNG")
     curves = json.loads((tmp_path / "demo" / "demo.json").read_text())
     assert [row["at"] for row in curves["AST, fixed at 1 s"]["lengths"]] == [0.5, 1.0]

@@ -5,13 +5,23 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fastast.interop import from_reference
-from fastast.models import SSASTPretraining
+from fastast.models import SSASTPretraining, create_model
 from fastast.tokens import resize_positions
-from fastast.train import RunDirectory, build_method, evaluate_over, fit, load_data, load_model
+from fastast.train import (
+    ModelConfig,
+    RunDirectory,
+    build_method,
+    evaluate_over,
+    fit,
+    load_data,
+    load_model,
+)
 from fastast.train.init import start_from
 from fastast.train.predict import predict_files
+from tests.interop.test_vit import vit_weights
 from tests.train.test_fit import weights, with_train
 
 
@@ -127,6 +137,41 @@ def test_published_weights_are_taken_over(pretraining, fine_tuning, tmp_path):
     assert all(torch.equal(value, trunk[name]) for name, value in model.trunk.state_dict().items())
 
 
+@pytest.fixture
+def image_net():
+    """The weights of a ViT of 4 x 4 patches of 16 x 16."""
+    return {name: value.float() for name, value in vit_weights(patch=16).items()}
+
+
+@pytest.mark.parametrize("name", ["vit.pth", "vit.bin", "vit.safetensors"])
+def test_files_of_image_weights(image_net, name, tmp_path):
+    if name == "vit.safetensors":
+        save_file(image_net, tmp_path / name, {"format": "pt"})  # as timm's
+    elif name == "vit.pth":
+        torch.save({"model": image_net}, tmp_path / name)  # as DeiT's authors'
+    else:
+        torch.save(image_net, tmp_path / name)
+    model = create_model("elastic_ast_tiny", 2, dim=64, depth=2, num_heads=1)
+    start_from(model, "elastic_ast_tiny", tmp_path / name)
+    assert torch.equal(model.trunk.norm.weight, image_net["norm.weight"])
+
+
+def test_runs_start_from_images(recipe, image_net, tmp_path):
+    torch.save(image_net, tmp_path / "vit.pth")
+    size = {"patch_size": (16, 16), "dim": 64, "num_heads": 1, "init": str(tmp_path / "vit.pth")}
+    elastic = two_steps(replace(recipe, model=replace(recipe.model, **size)))
+    fit(elastic, tmp_path / "elastic", quiet=True)
+    size |= {"name": "ast_tiny", "stride": (16, 16), "distilled": False, "max_time_patches": None}
+    front = replace(recipe.frontend, compression=[1.0], fixed_seconds=0.5)
+    fixed = two_steps(replace(recipe, model=replace(recipe.model, **size), frontend=front))
+    fit(fixed, tmp_path / "ast", quiet=True)
+    fit(starting(elastic, tmp_path / "elastic"), tmp_path / "again", quiet=True)
+    start = image_net["patch_embed.proj.weight"].sum(1).flatten(1)
+    for run in ("elastic", "ast", "again"):
+        kernel = weights(tmp_path / run)["patch_embed.proj.weight"]
+        assert 0 < (kernel - start).abs().max() < 0.02  # in steps of 0.002 at most
+
+
 def test_pretraining_resumes_bit_for_bit(pretraining, tmp_path):
     recipe = with_train(pretraining, epochs=2, checkpoint_minutes=0.0)
     fit(recipe, tmp_path / "whole", quiet=True)
@@ -189,7 +234,17 @@ def test_what_does_not_fit_says_so(pretraining, fine_tuning, recipe, tmp_path):
     (tmp_path / "bad.pth").write_bytes(b"noise")
     with pytest.raises(ValueError, match=r"bad\.pth cannot be read"):
         fit(starting(fine_tuning, tmp_path / "bad.pth"), tmp_path / "fine", quiet=True)
-    with pytest.raises(ValueError, match="elastic_ast_tiny does not start from other models"):
+    with pytest.raises(ValueError, match=r"patch_size \(16, 8\) differs"):
         fit(starting(recipe, tmp_path / "pre"), tmp_path / "fine", quiet=True)
+    hts_at = starting(recipe, tmp_path / "pre")
+    hts_at.model = ModelConfig(name="hts_at_tiny", init=str(tmp_path / "pre"))
+    hts_at.frontend = replace(hts_at.frontend, num_mels=64)
+    with pytest.raises(ValueError, match="hts_at_tiny does not start from other models"):
+        fit(hts_at, tmp_path / "fine", quiet=True)
+    torch.save({"something": torch.zeros(1)}, tmp_path / "other.bin")
+    with pytest.raises(
+        ValueError, match=r"model\.init: .*other\.bin: the weights are of no known family"
+    ):
+        fit(starting(recipe, tmp_path / "other.bin"), tmp_path / "fine", quiet=True)
     with pytest.raises(ValueError, match=r"train\.metric is mAP, but train\.method ssast learns"):
         fit(with_train(pretraining, metric="mAP"), tmp_path / "other", quiet=True)
