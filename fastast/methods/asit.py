@@ -281,7 +281,7 @@ class MaskedDistillation(nn.Module):
             mean = (logits.softmax(1) * weight[:, None]).sum(0)
             found[f"{name}_entropy"] = -torch.special.xlogy(mean, mean).sum() / math.log(len(mean))
             center = (getattr(teacher, f"{name}_vectors") * weight[:, None]).sum(0)
-            found[f"{name}_spread"] = 1 - center.square().sum()
+            found[f"{name}_spread"] = (1 - center.square().sum()).clamp(min=0)
         return found
 
     @torch.no_grad()
