@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "Measures accuracy, mAP and more; also per class, over lengths and frame shifts.",
     "predict": "Names the most likely classes of audio files, or what is heard when.",
     "embed": "Writes a trained model's embeddings of clips, for use elsewhere.",
+    "probe": "Judges a frozen model by a linear classifier and nearest neighbours.",
     "convert": "Makes a run of published weights, or the originals' form of a run.",
     "features": "Writes and draws the log-mel features of audio files.",
     "report": "Compares runs: results, settings that differ, learning curves.",
