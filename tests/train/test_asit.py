@@ -18,6 +18,7 @@ from fastast.train import (
     make_loader,
 )
 from tests.train.test_fit import weights, with_train
+from tests.train.test_ranks import torchrun
 
 
 @pytest.fixture
@@ -130,6 +131,22 @@ def test_resumes_bit_for_bit(pretraining, tmp_path):
             assert torch.equal(found[part][name], value), name
     saved = weights(tmp_path / "cut")
     assert all(torch.equal(saved[name], x) for name, x in weights(tmp_path / "whole").items())
+
+
+def test_two_ranks_equal_one_with_the_same_batches(pretraining, tmp_path):
+    """Their teachers and centres too, which see what all of them have seen."""
+    recipe = with_train(pretraining, max_steps=4, log_clips=True)
+    fit(with_train(recipe, accumulate=2), tmp_path / "alone", quiet=True)
+    done = torchrun(2, recipe, tmp_path / "pair")
+    assert done.returncode == 0, done.stderr
+    one, two = (RunDirectory(tmp_path / name) for name in ("alone", "pair"))
+    for expected, found in zip(one.metrics("train"), two.metrics("train"), strict=True):
+        assert found["clips"] == expected["clips"]
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    expected, found = (run.load_checkpoint()["method"] for run in (one, two))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert expected["global_center"].abs().sum() > 0
 
 
 def test_teacher_and_centres_go_on_in_the_next_phase(pretraining, tmp_path):
