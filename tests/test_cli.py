@@ -30,9 +30,20 @@ def run_dir(recipe, tmp_path):
 def test_fit_evaluate_predict(run_dir, tmp_path, capsys):
     settings = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert settings["train"]["epochs"] == 2
-    assert main(["evaluate", str(run_dir), "--lengths", "0.3,0.6", "--frame-shifts", "10,20"]) == 0
+    command = ["evaluate", str(run_dir), "--lengths", "0.3", "--frames", "24,48"]
+    assert main([*command, "--frame-shifts", "10,20", "--time-pools", "1,2"]) == 0
     result = json.loads((run_dir / "evaluation.json").read_text())
     assert [row["at"] for row in result["compression"]] == [1.0, 2.0]
+    assert [row["at"] for row in result["lengths"]] == [0.255, 0.3, 0.495]
+    assert 0.6 < result["whole"]["seconds"] <= 0.865
+    with open(run_dir / "evaluation.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["axis"], float(row["place"])) for row in rows] == [
+        *(("lengths", at) for at in (0.255, 0.3, 0.495)),
+        *(("compression", at) for at in (10.0, 20.0)),
+        *(("time_pools", at) for at in (1.0, 2.0)),
+    ]
+    assert float(rows[0]["accuracy"]) == result["lengths"][0]["accuracy"]
     assert (run_dir / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
     files = []
@@ -326,7 +337,29 @@ def test_patch_sizes_of_another_model(run_dir, capsys):
     assert "for FlexiAST alone" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("lengths", ["1,x", "-1", "0"])
-def test_bad_lengths(run_dir, lengths, capsys):
-    assert main(["evaluate", str(run_dir), "--lengths", lengths]) == 1
-    assert "--lengths takes" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "option, given", [("lengths", "1,x"), ("lengths", "-1"), ("lengths", "0"), ("frames", "1.5")]
+)
+def test_bad_lengths(run_dir, option, given, capsys):
+    assert main(["evaluate", str(run_dir), f"--{option}={given}"]) == 1
+    assert f"--{option} takes" in capsys.readouterr().err
+
+
+def test_tokens(tones, tmp_path, capsys):
+    (tmp_path / "lengths.txt").write_text("10.255 4.015\n2.575\n40\n")
+    command = ["tokens", str(tmp_path / "lengths.txt"), "--fixed", "1024", "--batches", "2"]
+    assert main([*command, "--out", str(tmp_path / "tokens.csv")]) == 0
+    assert "4 clips" in capsys.readouterr().out
+    with open(tmp_path / "tokens.csv", newline="") as file:
+        fixed, rows, stream, shapes = csv.DictReader(file)
+    # 512, 200, 128 and, of the first 3,072 frames, 1,536 tokens.
+    assert int(fixed["computed"]) == 4 * 512
+    assert float(fixed["padding"]) == (312 + 384) / 2048
+    assert float(fixed["cut"]) == 1024 / 2376
+    assert int(stream["computed"]) == 2376 and float(stream["padding"]) == 0
+    assert rows["input"] == "rows of 2048" and shapes["batch"] == "2"
+    assert main(["tokens", str(tones), "--row", "10"]) == 1
+    assert "more than a row (10)" in capsys.readouterr().err
+    (tmp_path / "lengths.txt").write_text("1.0\nten\n")
+    assert main(["tokens", str(tmp_path / "lengths.txt")]) == 1
+    assert "takes numbers" in capsys.readouterr().err

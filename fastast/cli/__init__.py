@@ -17,8 +17,10 @@ COMMANDS = {
     "embed": "Writes a trained model's embeddings of clips, for use elsewhere.",
     "probe": "Judges a frozen model by a linear classifier and nearest neighbours.",
     "convert": "Makes a run of published weights, or the originals' form of a run.",
+    "export": "Writes a model as ONNX or torch.export, which needs nothing of fastast.",
     "features": "Writes and draws the log-mel features of audio files.",
     "report": "Compares runs: results, settings that differ, learning curves.",
+    "tokens": "Says what fixed lengths and packing make of clips: tokens padded, tokens cut.",
     "doctor": "Checks this installation and says what to mend.",
 }
 

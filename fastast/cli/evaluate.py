@@ -9,9 +9,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fastast.cli.options import add_model, numbers, parser_of, patch_sizes, print_left_out
+from fastast.cli.options import (
+    add_model,
+    numbers,
+    parser_of,
+    patch_sizes,
+    print_left_out,
+    whole_numbers,
+)
 from fastast.data import AudioDataset
 from fastast.train import Recipe, Score, evaluate, evaluate_over, load_data, load_model, make_loader
+from fastast.train.build import seconds_of
+from fastast.train.curves import write_curves
 from fastast.train.figures import plot_curves, plot_per_class
 from fastast.train.loop import pick_device, pick_workers
 from fastast.train.metrics import ClassScore
@@ -28,9 +37,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--root", type=str, help="where the recipe's data lies, if it was moved")
     parser.add_argument("--folder", type=str, help="evaluate all of this folder per class instead")
     parser.add_argument("--lengths", type=str, help="in seconds, such as 0.5,1,2,5")
+    parser.add_argument(
+        "--frames", type=str, help="lengths in frames of the recipe's frame shift, as in 256,512"
+    )
     parser.add_argument("--frame-shifts", type=str, help="in milliseconds, such as 10,20,30")
+    parser.add_argument("--time-pools", type=str, help="frames pooled to one, such as 1,2,3,4")
     parser.add_argument(
         "--patch-sizes", type=str, help="of a FlexiAST, such as 8,16,16x32 (mel bins x frames)"
+    )
+    parser.add_argument(
+        "--rolls", type=int, default=1, help="beginnings to hear clips from, 10 for HTS-AT"
     )
     parser.add_argument(
         "--per-class", action="store_true", help="list, write and draw the score of each class"
@@ -38,6 +54,8 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     lengths = numbers("--lengths", options.lengths)
     shifts = numbers("--frame-shifts", options.frame_shifts)
+    frames = whole_numbers("--frames", options.frames)
+    pools = whole_numbers("--time-pools", options.time_pools)
     sizes = patch_sizes("--patch-sizes", options.patch_sizes)
 
     method, recipe, class_names = load_model(options.checkpoint)
@@ -51,13 +69,16 @@ def main(argv: list[str]) -> None:
     what = options.folder or f"{options.split} set"
     workers = pick_workers(recipe.train, device, 1)
     loader = make_loader(recipe, dataset, method.model.geometry, workers=workers)
-    whole = evaluate(method, loader, device, title=f"Evaluating {what}")
+    whole = evaluate(method, loader, device, rolls=options.rolls, title=f"Evaluating {what}")
+    if options.rolls > 1:
+        what = f"{what}, mean of {options.rolls} rolls"
     rows = evaluate_over(
         method,
         recipe,
         dataset,
-        lengths=lengths,
+        lengths=sorted({*lengths, *(seconds_of(recipe, count) for count in frames)}),
         compression=[shift / recipe.frontend.frame_shift_ms for shift in shifts],
+        time_pools=pools,
         patch_sizes=sizes,
         device=device,
         workers=workers,
@@ -65,9 +86,9 @@ def main(argv: list[str]) -> None:
     )
 
     named = {what: whole.to_dict()}
-    named |= {f"at most {row['at']:g} s": row for row in rows["lengths"]}
-    for row in rows["compression"]:
-        named[f"frame shift {row['at'] * recipe.frontend.frame_shift_ms:g} ms"] = row
+    named |= {f"at most {row['at']:.5g} s": row for row in rows["lengths"]}
+    named |= {f"frame shift {row['frame_shift_ms']:g} ms": row for row in rows["compression"]}
+    named |= {f"{row['at']} frames pooled to one": row for row in rows["time_pools"]}
     for row in rows["patch_sizes"]:
         named["patches of {}x{}".format(*row["at"])] = row
     console = Console()
@@ -80,15 +101,16 @@ def main(argv: list[str]) -> None:
 
     folder = Path(options.checkpoint)
     folder = folder if folder.is_dir() else folder.parent
-    result = {"clips_of": what, "whole": whole.to_dict()} | rows
+    result = {"clips_of": what, "whole": {"seconds": _longest(recipe, dataset)}} | rows
+    result["whole"] |= whole.to_dict()
     result["left_out"] = [clip._asdict() for clip in whole.left_out]
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     write_atomically(folder / "evaluation.json", lambda path: path.write_text(text))
     print(f"Wrote {folder / 'evaluation.json'}")
-    if lengths or shifts or sizes:
-        figure = folder / "evaluation.png"
-        plot_curves({folder.name: rows}, figure, recipe.frontend.frame_shift_ms)
-        print(f"Wrote {figure}")
+    if any(rows.values()):
+        plot_curves({folder.name: result}, folder / "evaluation.png")
+        write_curves({folder.name: result}, folder / "evaluation.csv")
+        print(f"Wrote {folder / 'evaluation.png'} and evaluation.csv")
     if options.per_class:
         classes = _by_precision(class_names, whole)
         console.print(_class_table(classes))
@@ -111,6 +133,13 @@ def _find_clips(recipe: Recipe, split: str, root: str | None, folder: str | None
             f"the data has no {split} part, and the recipe cuts none off (data.{split} is 0)"
         )
     return dataset
+
+
+def _longest(recipe: Recipe, dataset: AudioDataset) -> float:
+    """Seconds of the longest input that the model has."""
+    longest = float(max(dataset.lengths)) / dataset.sample_rate
+    limit = recipe.data.max_seconds
+    return recipe.frontend.fixed_seconds or (longest if limit is None else min(longest, limit))
 
 
 def _table(named: dict[str, dict]) -> Table:

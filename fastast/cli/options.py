@@ -36,6 +36,14 @@ def numbers(option: str, text: str | None) -> list[float]:
     return found
 
 
+def whole_numbers(option: str, text: str | None) -> list[int]:
+    """Positive whole numbers separated by commas."""
+    found = numbers(option, text)
+    if any(number % 1 for number in found):
+        raise ValueError(f"{option} takes whole numbers, got {text!r}")
+    return [int(number) for number in found]
+
+
 def patch_sizes(option: str, text: str | None) -> list[tuple[int, int]]:
     """Sizes separated by commas, such as ``8,16x32``: mel bins x frames, or one number for both."""
     sizes = []

@@ -6,7 +6,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fastast.cli.options import parser_of
+from fastast.train.curves import axes_of, curve_table, metric_of
 from fastast.train.report import (
+    evaluated_curves,
     read_runs,
     results_table,
     savings_table,
@@ -17,7 +19,7 @@ from fastast.train.report import (
 
 
 def main(argv: list[str]) -> None:
-    """Prints the comparison and writes report.md and report.png."""
+    """Prints the comparison and writes report.md and its figures."""
     parser = parser_of("report")
     parser.add_argument(
         "runs", type=str, nargs="+", help="run directories, the one to compare with first"
@@ -34,6 +36,9 @@ def main(argv: list[str]) -> None:
         console.print(_table(savings, f"saved over {runs[0].name}, when first better or else best"))
         converged = savings_table(runs, converged=True)
         console.print(_table(converged, f"saved over {runs[0].name}, at the best epoch"))
+    models = evaluated_curves(runs)
+    for axis in axes_of(models):
+        console.print(_table(curve_table(models, axis), metric_of(models)))
     settings = settings_table(runs)
     if len(settings) > 1:
         console.print(_table(settings))

@@ -6,6 +6,7 @@ from fastast.data.dataset import AudioDataset
 from fastast.data.frames import (
     COMPRESSION_RATES,
     mixed_frame_shifts,
+    samples_in,
 )
 from fastast.data.loader import PackedLoader
 from fastast.data.manifest import LeftOut, Manifest
@@ -13,6 +14,7 @@ from fastast.data.packing import STRATEGIES, pack
 from fastast.data.plan import BatchPlan, EpochPlan, Packing, Planner
 from fastast.data.sampling import Crop, Mixup, Sampler
 from fastast.data.synthetic import generate_sounds
+from fastast.data.usage import token_usage
 
 __all__ = [
     "COMPRESSION_RATES",
@@ -41,5 +43,7 @@ __all__ = [
     "pack",
     "padded_samples",
     "read_audio",
+    "samples_in",
+    "token_usage",
     "write_wav",
 ]

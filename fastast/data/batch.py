@@ -201,6 +201,7 @@ class Clip:
         keep: sorted indices of the patches that become tokens; default all.
         partner: int16 waveform to mix in, at most as long; default none.
         mix_weight: the clip's own share of the mixture.
+        time_pool: frames that are pooled to one; default the geometry's.
     """
 
     waveform: Tensor
@@ -210,6 +211,7 @@ class Clip:
     keep: np.ndarray | None = None
     partner: Tensor | None = None
     mix_weight: float = 1.0
+    time_pool: int | None = None
 
 
 def padded_samples(
@@ -261,7 +263,8 @@ def collate(
         raise ValueError("clips is empty: a batch needs at least one")
     shifts = np.array([clip.frame_shift for clip in clips], np.int32)
     real = np.array([len(clip.waveform) for clip in clips], np.int64)
-    min_frames = 1 if dense_frames else geometry.min_frames()
+    pool = _time_pools(clips)
+    min_frames = 1 if dense_frames else geometry.min_frames(pool)
     lengths = padded_samples(real, min_frames, framing, shifts)
     total = int(lengths.sum())
     capacity = budget.samples if budget else total
@@ -279,7 +282,7 @@ def collate(
     keep = None
     if any(clip.keep is not None for clip in clips):
         keep = [
-            np.arange(geometry.freq_patches * geometry.time_patches(length))
+            np.arange(geometry.freq_patches * geometry.time_patches(length, clip.time_pool))
             if clip.keep is None
             else clip.keep
             for clip, length in zip(clips, source, strict=False)
@@ -311,7 +314,7 @@ def collate(
         frame_shift=column(shifts, 1, np.int32),
         frames=frames,
         frame_rows=budget.frames.tokens if budget else int(frames.host_offsets[-1]),
-        grid=geometry.grid(source, budget.tokens if budget else None, keep),
+        grid=geometry.grid(source, budget.tokens if budget else None, keep, pool),
         dense_frames=dense_frames,
         targets=_stack_targets([clip.target for clip in clips], num_segments),
         clip_ids=column([clip.clip_id for clip in clips], -1, np.int64),
@@ -324,6 +327,12 @@ def collate(
         audio_seconds=float(real.sum() / sample_rate),
         left_out=tuple(left_out),
     )
+
+
+def _time_pools(clips: Sequence[Clip]) -> np.ndarray | None:
+    """What each clip pools, if they say so."""
+    pools = [clip.time_pool for clip in clips]
+    return None if None in pools else np.array(pools, np.int64)
 
 
 def _lay_out(

@@ -1,4 +1,4 @@
-"""Time resolutions to draw from."""
+"""Time resolutions to draw from, and lengths."""
 
 from __future__ import annotations
 
@@ -18,3 +18,12 @@ def mixed_frame_shifts(
     (:func:`fastast.ops.mel_filterbank.hop_from_ms`) would make that a sample less per hop.
     """
     return tuple(round(base_ms * rate, 6) for rate in rates)
+
+
+def samples_in(seconds: float, sample_rate: int) -> int:
+    """Whole samples that so many seconds hold.
+
+    ``4.015 * 16000`` is a little below 64240 in floating point; a millionth of a sample is
+    forgiven.
+    """
+    return int(round(seconds * sample_rate, 6))

@@ -116,7 +116,8 @@ class PackedLoader:
     def silent_batch(self) -> Batch:
         """A batch without clips, of silence that counts for nothing."""
         nothing = np.zeros(0, np.int64)
-        return self._make[BatchPlan(0, self.planner.geometries[0], *[nothing] * 8)]
+        columns = [nothing] * 5 + [None] + [nothing] * 3
+        return self._make[BatchPlan(0, self.planner.geometries[0], *columns)]
 
     def _from_thread(self, orders: list[BatchPlan]) -> Iterator[Batch]:
         pending: deque[Future[Batch]] = deque()
@@ -230,6 +231,7 @@ class _BatchMaker:
             clip_id=key,
             frame_shift=int(order.frame_shift[index]),
             keep=keep,
+            time_pool=None if order.time_pool is None else int(order.time_pool[index]),
         )
         partner = int(order.partners[index])
         # One that cannot be read is listed when its own turn comes.

@@ -16,6 +16,7 @@ import torch
 
 from fastast.data.batch import BatchBudget, padded_samples
 from fastast.data.dataset import AudioDataset
+from fastast.data.frames import samples_in
 from fastast.data.packing import pack
 from fastast.data.sampling import Crop, Mixup, Sampler
 from fastast.ops.mel_plan import Framing, hop_from_ms
@@ -63,6 +64,7 @@ class BatchPlan:
         keys: of the clips' random numbers.
         begin, num_samples: the part of each clip.
         frame_shift: in samples.
+        time_pool: frames that are pooled to one; None: as many as the geometry says.
         patches: of each clip, before any are dropped.
         partners: rows of the clips that are mixed in, -1 for none.
         mix_weight: the clip's share of the mixture.
@@ -75,6 +77,7 @@ class BatchPlan:
     begin: np.ndarray
     num_samples: np.ndarray
     frame_shift: np.ndarray
+    time_pool: np.ndarray | None
     patches: np.ndarray
     partners: np.ndarray
     mix_weight: np.ndarray
@@ -100,6 +103,7 @@ class EpochPlan:
     begin: np.ndarray
     num_samples: np.ndarray
     frame_shift: np.ndarray
+    time_pool: np.ndarray | None
     patches: np.ndarray
     tokens: np.ndarray
     partners: np.ndarray
@@ -131,6 +135,7 @@ class EpochPlan:
             self.begin[visits],
             self.num_samples[visits],
             self.frame_shift[visits],
+            None if self.time_pool is None else self.time_pool[visits],
             self.patches[visits],
             self.partners[visits],
             self.mix_weight[visits],
@@ -152,6 +157,9 @@ class Planner:
         frame_shift_ms: of the frames. Given several, every visit draws one
             (mixed-resolution training, ElasticAST section 3.4): see
             :func:`~fastast.data.mixed_frame_shifts`.
+        time_pools: numbers of frames that are pooled to one, of which every visit draws one (the
+            ablation of ElasticAST, section 3.5); none exceeds the geometry's ``time_pool``.
+            Default: that one.
         max_seconds: keep only the beginning of longer clips.
         crop: which part of the clips to use; ``max_seconds`` then means nothing.
         dense_frames: for models of fixed input length: cut all clips to so many frames, and have
@@ -181,6 +189,7 @@ class Planner:
         budget: TokenBudget,
         framing: Framing,
         frame_shift_ms: float | Sequence[float] = 10.0,
+        time_pools: Sequence[int] = (),
         max_seconds: float | None = None,
         crop: Crop | None = None,
         dense_frames: int | None = None,
@@ -221,6 +230,7 @@ class Planner:
         self.frame_shifts = np.array(
             [hop_from_ms(ms, dataset.sample_rate) for ms in choices], np.int32
         )
+        self.time_pools = np.array(time_pools, np.int64) if len(time_pools) else None
         if dense_frames is not None:
             self.budget = self._dense_budget(budget, dense_frames)
         whole_visits = self.budget.clips - self.budget.clips % views
@@ -278,6 +288,10 @@ class Planner:
         keys = torch.from_numpy(visits.keys)
         choice = random_below(self.seed, epoch, keys, "resolution", len(self.frame_shifts))
         frame_shift = self.frame_shifts[choice.numpy()]
+        pool = self.time_pools
+        if pool is not None:
+            choice = random_below(self.seed, epoch, keys, "time pool", len(pool))
+            pool = pool[choice.numpy()]
         lengths = self.dataset.lengths[visits.rows]
         begin, num_samples = np.zeros_like(lengths), lengths
         if self.crop is not None:
@@ -286,7 +300,7 @@ class Planner:
             )
         num_samples = self._limit(num_samples, frame_shift)
         all_patches = np.stack(
-            [self._num_patches(num_samples, frame_shift, each) for each in self.geometries]
+            [self._num_patches(num_samples, frame_shift, each, pool) for each in self.geometries]
         )
         all_tokens = self._num_tokens(all_patches)
         bins = self._deal(all_tokens.max(0), epoch)
@@ -308,6 +322,7 @@ class Planner:
             begin,
             num_samples,
             frame_shift,
+            pool,
             all_patches[drawn_for, visit],
             all_tokens[drawn_for, visit],
             partners,
@@ -345,7 +360,7 @@ class Planner:
     def _limit(self, num_samples: np.ndarray, frame_shift: np.ndarray | int) -> np.ndarray:
         """Samples that are used of so many."""
         if self.max_seconds is not None and self.crop is None:
-            most = int(self.max_seconds * self.dataset.sample_rate)
+            most = samples_in(self.max_seconds, self.dataset.sample_rate)
             num_samples = np.minimum(num_samples, most)
         if self.dense_frames is not None:
             most = self.framing.least_samples(self.dense_frames, frame_shift)
@@ -353,16 +368,20 @@ class Planner:
         return num_samples
 
     def _num_patches(
-        self, num_samples: np.ndarray, frame_shift: np.ndarray | int, geometry: PatchGeometry
+        self,
+        num_samples: np.ndarray,
+        frame_shift: np.ndarray | int,
+        geometry: PatchGeometry,
+        pool: np.ndarray | None,
     ) -> np.ndarray:
         """Patches of each clip, dropped ones included; all at least 1."""
         if self.dense_frames is not None:
             frames = np.full(len(num_samples), self.dense_frames)
         else:
-            least = geometry.min_frames()
+            least = geometry.min_frames(pool)
             padded = padded_samples(num_samples, least, self.framing, frame_shift)
             frames = self.framing.num_frames(padded, frame_shift)
-        return geometry.freq_patches * geometry.time_patches(frames)
+        return geometry.freq_patches * geometry.time_patches(frames, pool)
 
     def _num_tokens(self, patches: np.ndarray | int) -> np.ndarray | int:
         """Rows of the token stream that a clip takes: the patches it keeps and the prefix."""
@@ -388,8 +407,15 @@ class Planner:
         if self.crop is not None:
             longest = self.crop.longest(longest, self.dataset.sample_rate)
         longest = self._limit(longest, finest)
+        pool = None
+        if self.time_pools is not None:
+            pool = np.full(len(longest), self.time_pools.min())
         tokens = np.max(
-            [self._num_tokens(self._num_patches(longest, finest, g)) for g in self.geometries], 0
+            [
+                self._num_tokens(self._num_patches(longest, finest, g, pool))
+                for g in self.geometries
+            ],
+            0,
         )
         worst = int(tokens.argmax())
         limit = min(self.budget.max_length, self.budget.tokens // self.views)

@@ -14,9 +14,16 @@ from typing import Literal
 from torch import Tensor, nn
 
 from fastast.models.ast import AST
+from fastast.models.grid_vit import GridViT, check_class_tokens, take_over
 from fastast.models.vit import as_stream, register_sizes
 from fastast.segments import Spectrograms
-from fastast.tokens import PatchGeometry, PatchGrid, ResizedPositions
+from fastast.tokens import (
+    PatchGeometry,
+    PatchGrid,
+    ResizedPositions,
+    resize_patch_kernel,
+    resize_positions,
+)
 
 
 class FlexiAST(AST):
@@ -78,6 +85,40 @@ class FlexiAST(AST):
     def geometry_of(self, patch_size: tuple[int, int]) -> PatchGeometry:
         """What lists the tokens of clips in patches of that size, ``(mel bins, frames)``."""
         return self.geometry.with_patch_size(patch_size)
+
+    def start_from(self, other: GridViT) -> None:
+        """Takes over a trained AST, as flexification begins: all of it, resized to this model.
+
+        The kernel gets this model's ``patch_size`` by its ``resize``, whatever the strides are; the
+        table of positions gets its grid, averaged where that is coarser. Norm and classifier come
+        along where the classes are as many. Other models are taken over as by any AST.
+
+        Args:
+            other: with a trunk of the same size: an AST of patches of any size, such as 8 x 8 or
+                16 x 16; or a ViT or SSAST with this model's.
+
+        Raises:
+            ValueError: class tokens, patches or trunk of another number or size.
+        """
+        if not isinstance(other, AST):
+            return super().start_from(other)
+        check_class_tokens(self, other)
+        weights = {name: value.detach() for name, value in other.state_dict().items()}
+        kernel = weights["patch_embed.proj.weight"].unflatten(1, other.geometry.patch_size)
+        kernel = resize_patch_kernel(kernel, self.geometry.patch_size, self.patch_embed.resize)
+        weights["patch_embed.proj.weight"] = kernel.flatten(1)
+        weights["positions.table"] = resize_positions(
+            weights["positions.table"],
+            other.positions.grid,
+            self.positions.grid,
+            prefix=self.geometry.prefix,
+            shrink="antialias",
+        )
+        if weights["head.weight"].shape == self.head.weight.shape:
+            return take_over(self, weights, new=())
+        new = ("norm.", "head.")
+        weights = {name: value for name, value in weights.items() if not name.startswith(new)}
+        take_over(self, weights, new=new)
 
     def forward(
         self,

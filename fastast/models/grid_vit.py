@@ -157,12 +157,7 @@ class GridClassifier(GridViT):
             ValueError: class tokens, heads, patches or trunk of another number or size.
         """
         check_source(self, other)
-        if other.geometry.prefix != self.geometry.prefix:
-            raise ValueError(
-                f"the pre-trained model has {other.geometry.prefix} class tokens, this one "
-                f"{self.geometry.prefix}: choose one with as many (AST's distilled says whether "
-                "there is a second)"
-            )
+        check_class_tokens(self, other)
         own, theirs = (each.trunk.blocks[0].attn.num_heads for each in (self, other))
         if own != theirs:
             raise ValueError(f"num_heads ({own}) differs from the pre-trained {theirs}")
@@ -199,6 +194,16 @@ def check_source(model: nn.Module, other: nn.Module) -> None:
     if own != theirs:
         raise ValueError(
             f"patch_size {own} differs from the pre-trained {theirs}: use patches of one size"
+        )
+
+
+def check_class_tokens(model: GridViT, other: GridViT) -> None:
+    """Raises ValueError unless ``model`` has as many class tokens as the ``other``."""
+    own, theirs = model.geometry.prefix, other.geometry.prefix
+    if own != theirs:
+        raise ValueError(
+            f"the pre-trained model has {theirs} class tokens, this one {own}: choose one with as "
+            "many (AST's distilled says whether there is a second)"
         )
 
 

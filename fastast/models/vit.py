@@ -142,9 +142,7 @@ class PatchEmbed(nn.Module):
             ValueError: they are of another size, and ``resize`` is None.
         """
         own, size = self.geometry.patch_size, _patch_size(grid)
-        if size == own:
-            return patchify(frames, grid, self.geometry)
-        if self.resize is None:
+        if size != own and self.resize is None:
             raise ValueError(
                 f"grid lists patches of {size}, this model's are {own}: make it with the model's "
                 "own geometry, or use a FlexiAST"

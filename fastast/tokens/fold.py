@@ -89,11 +89,11 @@ class FoldGeometry(PatchGeometry):
         chunks = np.where(frames > 0, filled, 0)
         return int(chunks) if chunks.ndim == 0 else chunks
 
-    def time_patches(self, frames: int | np.ndarray) -> int | np.ndarray:
+    def time_patches(self, frames: int | np.ndarray, pool: None = None) -> int | np.ndarray:
         """Patches along time of a clip of so many frames, all of its chunks together."""
         return self.chunks(frames) * self.chunk_patches[1]
 
-    def min_frames(self) -> int:
+    def min_frames(self, pool: None = None) -> int:
         """Frames of the shortest clip that has a token."""
         return 1
 
@@ -110,6 +110,7 @@ class FoldGeometry(PatchGeometry):
         frames: Segments | Sequence[int],
         budget: TokenBudget | None = None,
         keep: Sequence[np.ndarray] | None = None,
+        pool: None = None,
     ) -> FoldGrid:
         """Lays out the folded batch. Runs on the host, in the loader.
 
@@ -117,12 +118,17 @@ class FoldGeometry(PatchGeometry):
             frames: the frame stream, or the frames of each clip in order.
             budget: fixes all sizes.
             keep: must be None: an image has all of its patches.
+            pool: must be None: its frames are as they are.
 
         Raises:
-            ValueError: the tokens do not fit the budget, or patches are to be dropped.
+            ValueError: the tokens do not fit the budget, patches are to be dropped, or frames to be
+                pooled.
         """
-        if keep is not None:
-            raise ValueError("a folded spectrogram keeps all of its patches: drop no tokens")
+        if keep is not None or pool is not None:
+            raise ValueError(
+                "a folded spectrogram keeps all of its frames and patches: drop no tokens, and "
+                "pool nothing"
+            )
         if isinstance(frames, Segments):
             starts = frames.host_offsets.numpy().astype(np.int64)
         else:

@@ -100,9 +100,9 @@ class PatchGeometry:
         tokens = np.where(patches > 0, patches + self.prefix, 0)
         return int(tokens) if np.ndim(frames) == 0 else tokens
 
-    def min_frames(self) -> int:
-        """Frames of the shortest clip that has a token."""
-        return self.patch_frames
+    def min_frames(self, pool: np.ndarray | None = None) -> int | np.ndarray:
+        """Frames of the shortest clip that has a token; of each clip, if their pooling is given."""
+        return self.patch_frames if pool is None else self.patch_size[1] * pool
 
     def grid(
         self,

@@ -1,6 +1,7 @@
 """Training and evaluation."""
 
 from fastast.train.build import build_method, load_data, make_loader
+from fastast.train.encoder import Encoder
 from fastast.train.evaluate import Score, evaluate, evaluate_over
 from fastast.train.loop import fit
 from fastast.train.optim import OptimConfig
@@ -21,6 +22,7 @@ __all__ = [
     "ASiTConfig",
     "AugmentConfig",
     "DataConfig",
+    "Encoder",
     "FrontendConfig",
     "ModelConfig",
     "OptimConfig",

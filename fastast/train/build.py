@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -19,6 +19,7 @@ from fastast.data import (
     Sampler,
     mixed_frame_shifts,
     padded_samples,
+    samples_in,
 )
 from fastast.data.datasets import load_manifests
 from fastast.frontend import MelFrontend
@@ -228,6 +229,8 @@ def _build_model(recipe: Recipe, create: Callable[..., nn.Module]) -> nn.Module:
         for key, value in asdict(recipe.model).items()
         if value is not None and key not in ("name", "init")
     }
+    if "time_pool" in settings:
+        settings["time_pool"] = max(recipe.model.time_pools)
     seconds, input_frames = front.fixed_seconds, recipe.model.input_frames
     if name.startswith("ast_") and seconds is None:
         raise ValueError(f"{name} has a fixed input length: set frontend.fixed_seconds")
@@ -312,7 +315,14 @@ def fixed_frames(recipe: Recipe, seconds: float, frame_shift_ms: float) -> int:
     """Frames of a clip of so many seconds."""
     rate = recipe.data.sample_rate
     shift = hop_from_ms(frame_shift_ms, rate)
-    return int(framing_of(recipe).num_frames(int(seconds * rate), shift))
+    return int(framing_of(recipe).num_frames(samples_in(seconds, rate), shift))
+
+
+def seconds_of(recipe: Recipe, frames: int) -> float:
+    """How long the shortest clip of so many frames is, at ``frontend.frame_shift_ms``."""
+    rate = recipe.data.sample_rate
+    shift = hop_from_ms(recipe.frontend.frame_shift_ms, rate)
+    return int(framing_of(recipe).least_samples(frames, shift)) / rate
 
 
 def make_loader(
@@ -323,6 +333,7 @@ def make_loader(
     training: bool = False,
     seconds: float | None = None,
     compression: float | None = None,
+    time_pool: int | None = None,
     rank: int = 0,
     ranks: int = 1,
     fixed_shapes: bool = False,
@@ -335,13 +346,15 @@ def make_loader(
         recipe: all settings.
         dataset: the clips.
         geometry: of the model's patches.
-        training: shuffle, augment, mix the resolutions and patch sizes and drop tokens as the
+        training: shuffle, augment, mix resolutions, pooling and patch sizes and drop tokens as the
             recipe says. Otherwise clips come once, at one resolution, whole, in patches of
             ``geometry``.
         seconds: cut clips to this length instead of ``data.max_seconds``; where the recipe fixes
             the input size, fix it to this.
         compression: factor on ``frontend.frame_shift_ms``, if not training. Default: the least
             that the recipe trains at.
+        time_pool: frames that are pooled to one, if not training. Default: the least that the
+            recipe trains at.
         rank: of this process, out of ``ranks`` that share the clips.
         ranks: see there.
         fixed_shapes: give all batches the same shapes.
@@ -355,10 +368,10 @@ def make_loader(
     shifts = mixed_frame_shifts(front.frame_shift_ms, rates)
     dense_frames = None
     if front.fixed_seconds is not None:
-        if len(shifts) > 1:
+        if len(shifts) > 1 or (training and len(recipe.model.time_pools) > 1):
             raise ValueError(
-                "frontend.fixed_seconds and several frontend.compression exclude each other: "
-                "a fixed input size has one time resolution"
+                "frontend.fixed_seconds and several frontend.compression or model.time_pool "
+                "exclude each other: a fixed input size has one time resolution"
             )
         dense_frames = fixed_frames(recipe, seconds or front.fixed_seconds, shifts[0])
     framing = framing_of(recipe)
@@ -367,17 +380,22 @@ def make_loader(
     crop = mixup = None
     if augment.crop_seconds is not None and (training or views > 1):
         crop = Crop(tuple(augment.crop_seconds), augment.crop)
-    patch_sizes = []
+    patch_sizes, time_pools = [], []
     sampler = Sampler(shuffle=False)
     if training:
         patch_sizes = size_pairs(augment.patch_sizes or [])
+        if len(recipe.model.time_pools) > 1:
+            time_pools = recipe.model.time_pools
         if augment.mixup:
             mixup = Mixup(augment.mixup, augment.mixup_alpha, augment.mixup_targets)
         sampler = Sampler(balance=recipe.data.balance, clips=recipe.data.clips_per_epoch)
     else:  # whatever was trained on, any clip can be evaluated
+        pools = recipe.model.time_pools
+        if time_pool is not None or len(pools) > 1:
+            geometry = replace(geometry, time_pool=time_pool or min(pools))
         rate = recipe.data.sample_rate
         samples = int(max(dataset.lengths))
-        samples = samples if limit is None else min(samples, int(limit * rate))
+        samples = samples if limit is None else min(samples, samples_in(limit, rate))
         if crop is not None:
             samples = int(crop.longest(np.array(samples), rate))
         hop = hop_from_ms(shifts[0], rate)
@@ -391,6 +409,7 @@ def make_loader(
         budget=TokenBudget(tokens, train.batch_clips, tokens),
         framing=framing,
         frame_shift_ms=shifts,
+        time_pools=time_pools,
         max_seconds=limit,
         crop=crop,
         dense_frames=dense_frames,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -25,8 +24,7 @@ from fastast.interop.checkpoint import Checkpoint, family_of, read_checkpoint
 from fastast.models import AST, HTSAT, SSAST, ElasticAST, FlexiAST, SSASTPretraining
 from fastast.models.vit import TRUNK_SIZES
 from fastast.nn import AttentionPool
-from fastast.ops import hop_from_ms
-from fastast.train.build import build_method, framing_of
+from fastast.train.build import build_method, seconds_of
 from fastast.train.recipe import FrontendConfig, ModelConfig, Recipe
 from fastast.train.run import RunDirectory, load_model, write_atomically
 
@@ -231,7 +229,7 @@ def _as_recipe(model: nn.Module, front: FrontendConfig) -> tuple[Recipe, dict[st
         config.max_time_patches = model.positions.time.shape[0]
         config.pool = "attention" if isinstance(model.pool, AttentionPool) else "mean"
         return recipe, _with_scaled_queries(model)
-    recipe.frontend.fixed_seconds = _seconds_of(recipe, model.input_frames)
+    recipe.frontend.fixed_seconds = seconds_of(recipe, model.input_frames)
     if isinstance(model, AST | FlexiAST):
         config.distilled = model.geometry.prefix == 2
     if isinstance(model, FlexiAST):
@@ -281,13 +279,6 @@ def _with_scaled_queries(model: ElasticAST) -> dict[str, torch.Tensor]:
         elif name.startswith("pool.q."):
             weights[name] = factor * value
     return weights
-
-
-def _seconds_of(recipe: Recipe, frames: int) -> float:
-    """The shortest clip that has so many frames, rounded up to a tenth of a millisecond."""
-    rate = recipe.data.sample_rate
-    shift = hop_from_ms(recipe.frontend.frame_shift_ms, rate)
-    return math.ceil(1e4 * framing_of(recipe).least_samples(frames, shift) / rate) / 1e4
 
 
 def _check_equal(original: nn.Module, ours: nn.Module, path: Path) -> None:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastast.data import AudioDataset, LeftOut, PackedLoader
+from fastast.data import AudioDataset, Batch, LeftOut, PackedLoader
+from fastast.frontend.stream import roll_segments
 from fastast.tokens import PatchGeometry
 from fastast.train.bar import progress_bar
 from fastast.train.build import flexible, make_loader, size_pairs
 from fastast.train.distributed import joined
 from fastast.train.metrics import ClassScore, measure
 from fastast.train.recipe import Recipe
+
+ROLL = 100
+"""Samples by which HTS-AT's code rolls a clip the first time, and that much further each time."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ def evaluate(
     loader: PackedLoader,
     device: torch.device | str,
     *,
+    rolls: int = 1,
     title: str | None = None,
 ) -> Score:
     """Runs every clip of the loader once, without augmentation.
@@ -97,15 +102,21 @@ def evaluate(
             scalars.
         loader: of the clips, unshuffled.
         device: of the method.
+        rolls: beginnings that each clip is heard from, of whose probabilities the mean is taken;
+            what comes before a beginning follows at the clip's end. HTS-AT's code takes 10 on
+            AudioSet: 0, 100, 300, 600, ... samples in. The loss is the mean, too.
         title: of a progress bar, where the output is a terminal. Default: none.
 
     Raises:
-        ValueError: there is no clip to evaluate, or clips have no label.
+        ValueError: there is no clip to evaluate, clips have no label, or ``rolls`` is less than 1,
+            or more where no classes are learnt.
     """
+    if rolls < 1:
+        raise ValueError(f"rolls must be at least 1, got {rolls}")
     training = method.training
     method.eval()
     try:
-        part = _run(method, loader, device, title)
+        part = _run(method, loader, device, rolls, title)
     finally:
         method.train(training)
     with joined() as ranks:
@@ -113,7 +124,11 @@ def evaluate(
 
 
 def _run(
-    method: nn.Module, loader: PackedLoader, device: torch.device | str, title: str | None
+    method: nn.Module,
+    loader: PackedLoader,
+    device: torch.device | str,
+    rolls: int,
+    title: str | None,
 ) -> _Part:
     ids, logits, targets = [torch.empty(0, dtype=torch.int64)], [], []
     sums: dict[str, Tensor] = {}
@@ -126,7 +141,7 @@ def _run(
             ids.append(batch.clip_ids[real])
             targets.append(batch.targets[real])
             batch = batch.to(device, non_blocking=True)
-            out = method(batch)
+            out = method(batch) if rolls == 1 else _rolled(method, batch, rolls)
             # The logits stay on the device until the end, so that no batch waits for it.
             if "logits" in out:
                 logits.append(out["logits"][real.to(device, non_blocking=True)].float())
@@ -143,6 +158,23 @@ def _run(
         tokens,
         left_out,
     )
+
+
+def _rolled(method: nn.Module, batch: Batch, rolls: int) -> dict[str, Tensor]:
+    """What a method says of a batch, probabilities instead of logits, as a mean over rolls."""
+    lengths, several = batch.sample_offsets.diff(), batch.targets.ndim == 2
+    found = []
+    for roll in range(rolls):
+        begin = ROLL * roll * (roll + 1) // 2
+        shift = -begin % lengths.clamp(min=1)
+        waveforms = roll_segments(batch.waveforms, batch.sample_offsets, shift)
+        out = method(replace(batch, waveforms=waveforms))
+        if "logits" not in out:
+            raise ValueError("rolls are for methods that learn classes: leave rolls at 1")
+        logits = out["logits"].float()
+        found.append((logits.sigmoid() if several else logits.softmax(1), out["loss"]))
+    probabilities, losses = (torch.stack(values).mean(0) for values in zip(*found, strict=True))
+    return {"logits": probabilities, "loss": losses}
 
 
 def _score(parts: Sequence[_Part], left_out: tuple[LeftOut, ...]) -> Score:
@@ -178,12 +210,13 @@ def evaluate_over(
     *,
     lengths: Sequence[float] = (),
     compression: Sequence[float] = (),
+    time_pools: Sequence[int] = (),
     patch_sizes: Sequence[int | tuple[int, int]] = (),
     device: torch.device | str = "cpu",
     workers: int = 0,
     title: str | None = None,
 ) -> dict[str, list[dict]]:
-    """Evaluates at several lengths, frame shifts and patch sizes.
+    """Evaluates at several lengths, frame shifts, poolings and patch sizes.
 
     A model of fixed input size is given clips cut and padded to each length, as in the
     ElasticAST paper (section 3.3); other models are given clips cut to it, never padded.
@@ -193,14 +226,16 @@ def evaluate_over(
         dataset: the clips.
         lengths: in seconds.
         compression: factors on ``frontend.frame_shift_ms``.
+        time_pools: numbers of frames that are pooled to one (ElasticAST, section 3.5).
         patch_sizes: mel bins and frames, or one number for both; for a FlexiAST.
         device: of the method.
         workers: processes that decode; 0 leaves it to a thread.
         title: of a progress bar, as for :func:`evaluate`.
 
     Returns:
-        ``{"lengths": [...], "compression": [...], "patch_sizes": [...]}`` of rows with ``at`` (the
-        length or factor; mel bins and frames) and all of :meth:`Score.to_dict`.
+        ``{"lengths": [...], "compression": [...], "time_pools": [...], "patch_sizes": [...]}`` of
+        rows with ``at`` (the length, factor or number; mel bins and frames), for the factors
+        ``frame_shift_ms``, and all of :meth:`Score.to_dict`.
 
     Raises:
         ValueError: ``patch_sizes`` for another model.
@@ -213,8 +248,13 @@ def evaluate_over(
         loader = make_loader(recipe, dataset, geometry, workers=workers, **setting)
         return {"at": at} | evaluate(method, loader, device, title=title).to_dict()
 
+    shift = recipe.frontend.frame_shift_ms
     return {
         "lengths": [row(seconds, seconds=seconds) for seconds in lengths],
-        "compression": [row(factor, compression=factor) for factor in compression],
+        "compression": [
+            row(factor, compression=factor) | {"frame_shift_ms": round(factor * shift, 6)}
+            for factor in compression
+        ],
+        "time_pools": [row(pool, time_pool=pool) for pool in time_pools],
         "patch_sizes": [row(list(each.patch_size), each) for each in geometries],
     }

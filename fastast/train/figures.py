@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ matplotlib.use("Agg")  # files only; no display is needed
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.colors import TwoSlopeNorm  # noqa: E402
 
-from fastast.train.metrics import headline  # noqa: E402
+from fastast.train.curves import AXES, Curves, axes_of, metric_of, place_of  # noqa: E402
 
 if TYPE_CHECKING:
     from fastast.train.features import Features
@@ -24,44 +24,35 @@ _MOST_BARS = 60
 _MOST_ROWS = 20
 
 
-def plot_curves(
-    models: dict[str, dict[str, list[dict]]], path: str | PathLike, frame_shift_ms: float
-) -> None:
+def plot_curves(models: Mapping[str, Curves], path: str | PathLike) -> None:
     """Accuracy over clip length, time resolution (ElasticAST, figures 4 and 5) and patch size.
 
-    Of multi-label data, mAP.
+    Of multi-label data, mAP. A star marks a model on clips as it was made for them: of native
+    length, or its own fixed one (figure 4).
 
     Args:
-        models: name to what :func:`~fastast.train.evaluate_over` returned for it.
+        models: name to what :func:`~fastast.train.evaluate_over` returned for it; maybe with
+            ``whole``, a row with ``seconds``, the length of the longest clip.
         path: of the image.
-        frame_shift_ms: what the factors in ``compression`` are of.
     """
-    panels = [
-        (key, label)
-        for key, label in (
-            ("lengths", "clip length (s)"),
-            ("compression", "frame shift (ms)"),
-            ("patch_sizes", "patch size (mel bins x frames)"),
-        )
-        if any(rows[key] for rows in models.values())
-    ]
-    metric = headline(next(row for rows in models.values() for row in rows[panels[0][0]]))
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(5 * len(panels), 3.6), sharey=True, squeeze=False
+    axes, metric = axes_of(models), metric_of(models)
+    figure, panels = plt.subplots(
+        1, len(axes), figsize=(5 * len(axes), 3.6), sharey=True, squeeze=False
     )
-    for axis, (key, label) in zip(axes[0], panels, strict=True):
-        for name, rows in models.items():
-            at = [row["at"] for row in rows[key]]
-            if key == "compression":
-                at = [factor * frame_shift_ms for factor in at]
-            elif key == "patch_sizes":
-                at = [f"{height}x{width}" for height, width in at]
-            axis.plot(at, [_percent(row[metric]) for row in rows[key]], "o-", label=name)
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel(f"{metric} (%)")
-    axes[0, 0].set_ylim(0, 102)
-    axes[0, -1].legend()
+    for panel, axis in zip(panels[0], axes, strict=True):
+        for name, curves in models.items():
+            rows = curves.get(axis, ())
+            at = [place_of(axis, row) for row in rows]
+            (line,) = panel.plot(at, [_percent(row[metric]) for row in rows], "o-", label=name)
+            whole = curves.get("whole", {})
+            if axis == "lengths" and "seconds" in whole:
+                color = line.get_color()
+                panel.plot(whole["seconds"], _percent(whole[metric]), "*", ms=14, color=color)
+        panel.set_xlabel(AXES[axis])
+        panel.grid(alpha=0.3)
+    panels[0, 0].set_ylabel(f"{metric} (%)")
+    panels[0, 0].set_ylim(0, 102)
+    panels[0, -1].legend()
     _save(figure, path)
 
 

@@ -315,14 +315,14 @@ class _Training:
         return self._make_loader(recipe, self.data.train, training=True, fixed_shapes=self.compiled)
 
     def _compile(self, patch_sizes: int) -> nn.Module:
-        """The method, to be compiled at its first step; anew for each patch size."""
-        if patch_sizes == 1:
-            return torch.compile(self.method, fullgraph=True)
-        # Each has shapes of its own, that never change; some code is compiled for them all.
-        limits = torch._dynamo.config
+        """The method, to be compiled at its first step; anew for each patch size, and where the
+        time resolution glides for each that gives other shapes."""
         resolutions = 1 if self.phase_config.to is None else self.config.epochs
+        limits = torch._dynamo.config  # some code is compiled for them all
         limits.recompile_limit = max(limits.recompile_limit, patch_sizes * resolutions)
-        return torch.compile(self.method, fullgraph=True, dynamic=False)
+        # The shapes of a patch size never change but for that.
+        dynamic = None if patch_sizes == 1 else False
+        return torch.compile(self.method, fullgraph=True, dynamic=dynamic)
 
     @property
     def phase_config(self) -> PhaseConfig:

@@ -192,7 +192,7 @@ def _with_coarse_image(model: ModelConfig, factor: float) -> ModelConfig:
 
 def _by_pooling(kind: str):
     def compress(recipe: Recipe, factor: float) -> Recipe:
-        if (recipe.model.time_pool or 1) > 1:
+        if max(recipe.model.time_pools) > 1:
             raise ValueError(
                 f"phases with by: {kind} pool frames, and model.time_pool does so already: leave "
                 "it at 1"

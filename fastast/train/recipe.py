@@ -222,10 +222,13 @@ class ModelConfig:
             long; SSAST's are by default as long as ``data.max_seconds``.
         resize: of FlexiAST's kernel, ``pi`` or ``bilinear``.
         distilled: whether AST and FlexiAST have a distillation token beside the class token.
-        time_pool: frames that are pooled into one before patches are cut.
+        time_pool: frames that are pooled into one before patches are cut. Of several numbers, each
+            clip draws one in each epoch of training (ElasticAST, section 3.5), and evaluation takes
+            the least.
         time_pooling: ``average`` or ``max``.
         init: pre-trained weights to start from: a run directory, a ``model.safetensors``, or a
-            ``.pth`` as SSAST's authors publish it. Positions are adapted. For SSAST.
+            ``.pth`` as SSAST's authors publish it. Positions are adapted; FlexiAST's kernel is
+            resized, too, where it starts from a trained AST. For SSAST, AST and their kind.
     """
 
     name: str = "elastic_ast_tiny"
@@ -239,7 +242,7 @@ class ModelConfig:
     input_frames: int | None = None
     resize: str | None = None
     distilled: bool | None = None
-    time_pool: int | None = None
+    time_pool: int | list[int] | None = None
     time_pooling: Literal["average", "max"] | None = None
     depths: list[int] | None = None
     image_size: int | None = None
@@ -250,6 +253,16 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "model")
+        if not self.time_pools or min(self.time_pools) < 1:
+            raise ValueError(
+                f"model.time_pool must be a number of frames, or several; got {self.time_pool}"
+            )
+
+    @property
+    def time_pools(self) -> list[int]:
+        """What ``time_pool`` may be for a clip."""
+        pools = 1 if self.time_pool is None else self.time_pool
+        return [pools] if isinstance(pools, int) else list(pools)
 
 
 @dataclass

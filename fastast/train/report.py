@@ -17,6 +17,7 @@ from pathlib import Path
 
 import yaml
 
+from fastast.train.curves import axes_of, curve_table, metric_of, write_curves
 from fastast.train.metrics import headline
 from fastast.train.run import RunDirectory
 
@@ -233,9 +234,11 @@ def learning_curves(runs: Sequence[RunRecord]) -> dict[str, dict[str, tuple[list
 def write_report(runs: Sequence[RunRecord], folder: str | PathLike) -> Path:
     """Writes ``report.md`` and its figures; returns the path of the former.
 
-    The figures are ``report.png``, and where there are FLOPs to compare ``compute.png``.
+    The figures are ``report.png``, where there are FLOPs to compare ``compute.png``, and where runs
+    were evaluated over lengths and the like ``evaluation.png``, with all numbers in
+    ``evaluation.csv``.
     """
-    from fastast.train.figures import plot_learning_curves
+    from fastast.train.figures import plot_curves, plot_learning_curves
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -251,12 +254,25 @@ def write_report(runs: Sequence[RunRecord], folder: str | PathLike) -> Path:
         panel = f"validation {_headline(runs).removeprefix('validation_')} (%)"
         plot_learning_curves({panel: curves}, folder / "compute.png", over="training FLOPs")
         lines += ["", "![Metric over compute](compute.png)"]
+    models = evaluated_curves(runs)
+    if axes := axes_of(models):
+        plot_curves(models, folder / "evaluation.png")
+        write_curves(models, folder / "evaluation.csv")
+        lines += ["", f"## Evaluation: {metric_of(models)}"]
+        for axis in axes:
+            lines += ["", *_markdown(curve_table(models, axis))]
+        lines += ["", "![Over lengths and resolutions](evaluation.png)"]
     if len(runs) > 1:
         lines += ["", "## Settings that differ", ""]
         lines += _markdown(settings) if len(settings) > 1 else ["None."]
     path = folder / "report.md"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def evaluated_curves(runs: Sequence[RunRecord]) -> dict[str, dict]:
+    """What ``fastast evaluate`` wrote last for each run that has been evaluated."""
+    return {run.name: run.evaluation for run in runs if run.evaluation is not None}
 
 
 def shared_folder(paths: Sequence[str | PathLike]) -> Path:

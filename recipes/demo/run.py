@@ -31,7 +31,6 @@ from fastast.train.timeline import predict_timeline, write_timeline
 HERE = Path(__file__).resolve().parent
 MODELS = {"ElasticAST, native lengths": "elastic_ast", "AST, fixed at 1 s": "ast"}
 LENGTHS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
-FRAME_SHIFT_MS = 10.0
 COMPRESSION = (1.0, 1.4, 2.0, 2.6, 3.2, 4.0)
 CLIPS_OF_RECORDING = 12
 
@@ -69,7 +68,7 @@ def main() -> None:
 
     console.print(comparison(curves))
     figure = options.run_dir / "demo.png"
-    plot_curves(curves, figure, frame_shift_ms=FRAME_SHIFT_MS)
+    plot_curves(curves, figure)
     (options.run_dir / "demo.json").write_text(json.dumps(curves, indent=1) + "\n")
     draw_recording(options.run_dir)
     minutes = (time.perf_counter() - started) / 60
@@ -134,7 +133,7 @@ def comparison(curves: dict[str, dict[str, list[dict]]]) -> Table:
     table.add_section()
     for index, row in enumerate(first["compression"]):
         cells = [f"{rows['compression'][index]['accuracy']:.1%}" for rows in curves.values()]
-        table.add_row(f"frame shift {FRAME_SHIFT_MS * row['at']:g} ms", *cells)
+        table.add_row(f"frame shift {row['frame_shift_ms']:g} ms", *cells)
     return table
 
 

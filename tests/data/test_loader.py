@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from fastast.data import (
     mixed_frame_shifts,
 )
 from fastast.ops import Framing, Padding
-from fastast.tokens import PatchGeometry
+from fastast.tokens import PatchGeometry, kept_patches
 from tests.data.helpers import RATE, tensors
 
 WINDOW = 200
@@ -36,7 +37,8 @@ DELIVERY = ("rank", "fixed_shapes", "workers", "prefetch", "pin_memory", "bad_fi
 def make(dataset, **kwargs):
     delivery = {name: kwargs.pop(name) for name in DELIVERY if name in kwargs}
     kwargs = {"budget": TokenBudget(200, 8, 64), "framing": Framing(WINDOW)} | kwargs
-    return PackedLoader(Planner(dataset, GEOMETRY, **kwargs), **delivery)
+    geometry = kwargs.pop("geometry", GEOMETRY)
+    return PackedLoader(Planner(dataset, geometry, **kwargs), **delivery)
 
 
 IN_ORDER = {"sampler": Sampler(shuffle=False), "packing": Packing("next_fit")}
@@ -401,6 +403,31 @@ def test_all_frame_shifts_occur(tones):
     hops = [80 + 16 * step for step in range(16)]
     assert counts.sum() == counts[hops].sum() == 800
     assert counts[hops].min() > 20 and counts[hops].max() < 90
+
+
+@pytest.mark.parametrize("token_drop", [0.0, 0.1])
+def test_each_clip_pools_as_many_frames_as_it_draws(tones, token_drop):
+    pooled = {"geometry": replace(GEOMETRY, time_pool=3), "time_pools": [1, 3]}
+    pooled |= {"token_drop": token_drop, "packing": Packing("next_fit")}
+    loaders = [make(tones, **pooled, fixed_shapes=fixed) for fixed in (False, True)]
+    drawn = np.zeros(4, int)
+    for epoch in range(3):
+        for batch, fixed in zip(*(loader.epoch(epoch) for loader in loaders), strict=True):
+            rows = batch.grid.segments.host_offsets.tolist()
+            for i, frames in enumerate(batch.frames.lengths.tolist()):
+                tokens = slice(rows[i], rows[i + 1])
+                (pool,) = set(batch.grid.time_pool[tokens].tolist())
+                drawn[pool] += 1
+                width = frames // pool // 8
+                assert width >= 1 and set(batch.grid.clip_width[tokens].tolist()) == {width}
+                assert rows[i + 1] - rows[i] == kept_patches(4 * width, token_drop)
+                # Too short for a patch: extended to one of its own pooling.
+                samples = int(batch.sample_offsets[i + 1] - batch.sample_offsets[i])
+                least = Framing(WINDOW).least_samples(8 * pool, 80)
+                assert samples == max(tones.lengths[batch.clip_ids[i]], least)
+            assert torch.equal(fixed.clip_ids[: batch.num_clips], batch.clip_ids)
+            assert torch.equal(fixed.grid.time_pool[: rows[-1]], batch.grid.time_pool)
+    assert drawn.sum() == 120 and drawn[[1, 3]].min() > 30
 
 
 @pytest.mark.parametrize("token_drop", [0.0, 0.1])

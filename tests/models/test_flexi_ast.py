@@ -163,3 +163,56 @@ def test_each_patch_size_compiles_once(caplog):
             check(sizes[(5 * index + index // 4) % len(sizes)])
     assert counter.frame_count == len(sizes)
     torch.compiler.reset()
+
+
+def trained(**settings) -> AST:
+    torch.manual_seed(2)
+    settings = SIZE | {"input_frames": 40, "stride": (4, 4), "distilled": False} | settings
+    return AST(CLASSES, **settings).double()
+
+
+def test_starts_from_an_ast_of_its_own_patches():
+    """And answers as that one does."""
+    ast, model = trained(), FlexiAST(CLASSES, input_frames=40, **SIZE).double()
+    model.start_from(ast)
+    clips = torch.stack(clips_of([40, 40]))
+    torch.testing.assert_close(model(clips), ast(clips), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("resize", ["pi", "bilinear"])
+def test_starts_from_an_ast_of_other_patches(resize):
+    ast = trained(patch_size=(2, 2), stride=(1, 2))
+    model = FlexiAST(CLASSES, input_frames=80, resize=resize, **SIZE).double()
+    model.start_from(ast)
+    before, after = ast.state_dict(), model.state_dict()
+    kernel = resize_patch_kernel(
+        before.pop("patch_embed.proj.weight").unflatten(1, (2, 2)), OWN, resize
+    )
+    assert torch.equal(after.pop("patch_embed.proj.weight"), kernel.flatten(1))
+    table = resize_positions(
+        before.pop("positions.table"), (15, 20), (4, 20), prefix=1, shrink="antialias"
+    )
+    assert torch.equal(after.pop("positions.table"), table)
+    assert all(torch.equal(after[name], value) for name, value in before.items())  # the head, too
+
+
+def test_other_classes_have_a_new_classifier():
+    ast, model = trained(), FlexiAST(CLASSES + 1, input_frames=40, **SIZE).double()
+    new = model.head.weight.clone()
+    model.start_from(ast)
+    assert torch.equal(model.head.weight, new)
+    assert torch.equal(model.trunk.blocks[1].mlp.fc2.weight, ast.trunk.blocks[1].mlp.fc2.weight)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: ElasticAST(CLASSES, **SIZE), "starts from a ViT, an AST or an SSAST, not from"),
+        (lambda: trained(distilled=True), "has 2 class tokens, this one 1: choose"),
+        (lambda: trained(depth=1), "trunk.blocks.1.* is not as in the pre-trained weights"),
+        (lambda: trained(depth=3), "trunk.blocks.2.* is not as in the pre-trained weights"),
+    ],
+)
+def test_what_does_not_fit_says_so(make, message):
+    with pytest.raises(ValueError, match=message):
+        FlexiAST(CLASSES, input_frames=40, **SIZE).double().start_from(make().double())

@@ -2,6 +2,8 @@
 
 import io
 import json
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +13,10 @@ from rich.console import Console
 from torch import nn
 
 from fastast.data import LeftOut
-from fastast.train import bar, evaluate
+from fastast.train import bar, build_method, evaluate, load_data, make_loader
 from fastast.train.metrics import measure
+
+module = sys.modules["fastast.train.evaluate"]  # the package's name for the function hides it
 
 CLASSES = 5
 LOGITS = torch.randn(23, CLASSES, generator=torch.Generator().manual_seed(0))
@@ -119,6 +123,42 @@ def test_ranks_agree_with_one_process(tmp_path):
             assert score.loss == pytest.approx(alone.loss)
             assert (score.clips, score.tokens) == (alone.clips, alone.tokens)
             assert [clip.path for clip in score.left_out] == ["missing.wav", "4.wav", "9.wav"]
+
+
+class Beginning(nn.Module):
+    """Says what a clip's first sample is."""
+
+    def forward(self, batch):
+        first = batch.waveforms[batch.sample_offsets[:-1]].double() / 1000
+        return {"logits": torch.stack([first, -first], 1), "loss": first.mean()}
+
+
+def test_clips_are_heard_from_several_beginnings(recipe, monkeypatch):
+    recipe.frontend = replace(recipe.frontend, mean=0.0, std=1.0)
+    data = load_data(recipe.data).test
+    loader = make_loader(recipe, data, build_method(recipe, 2).model.geometry)
+    found = []
+    monkeypatch.setattr(module, "measure", lambda *args: found.append(args[0]) or measure(*args))
+    score = evaluate(Beginning(), loader, "cpu", rolls=4)
+    order = torch.from_numpy(data.clip_ids).argsort().tolist()
+    heard = torch.stack([data.waveform(row)[[0, 100, 300, 600]] for row in order]) / 1000
+    expected = torch.stack([heard, -heard], 2).softmax(2).mean(1)
+    torch.testing.assert_close(found[0], expected)
+    assert score.loss == pytest.approx(heard.double().mean().item())
+
+
+@pytest.mark.parametrize("rolls, message", [(0, "rolls must be at least 1"), (2, "learn classes")])
+def test_rolls_that_there_are_not(recipe, rolls, message):
+    recipe.frontend = replace(recipe.frontend, mean=0.0, std=1.0)
+    data = load_data(recipe.data).test
+    loader = make_loader(recipe, data, build_method(recipe, 2).model.geometry)
+
+    class Unlabelled(nn.Module):
+        def forward(self, batch):
+            return {"loss": torch.zeros(())}
+
+    with pytest.raises(ValueError, match=message):
+        evaluate(Unlabelled(), loader, "cpu", rolls=rolls)
 
 
 def test_the_score_is_json_without_nan():

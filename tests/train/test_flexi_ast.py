@@ -57,6 +57,24 @@ def sizes_of(loader, epoch):
     return [each.patch_size for each in loader.planner.plan(epoch).geometries]
 
 
+def test_flexification_starts_from_a_run_of_an_ast(flexi, tmp_path):
+    model = replace(
+        flexi.model, name="ast_tiny", patch_size=(4, 4), stride=(8, 8), input_frames=None
+    )
+    ast = replace(flexi, model=replace(model, distilled=False))
+    ast = replace(ast, frontend=replace(ast.frontend, compression=[1.0], fixed_seconds=0.5))
+    ast.augment, ast.train = replace(ast.augment, patch_sizes=None), replace(ast.train, epochs=1)
+    fit(ast, tmp_path / "ast", quiet=True)
+    flexi.model = replace(flexi.model, init=str(tmp_path / "ast"))
+    flexi.train = replace(flexi.train, max_steps=2)
+    fit(flexi, tmp_path / "flexi", quiet=True)
+    before, after = (load_model(tmp_path / name)[0].model for name in ("ast", "flexi"))
+    started = build_method(measured(flexi), 2).model
+    started.start_from(before)
+    for name, value in started.named_parameters():  # two steps of at most 2e-3 from there
+        assert (after.get_parameter(name) - value).abs().max() < 0.01
+
+
 def test_trains_and_is_evaluated_at_any_size(flexi, tmp_path):
     fit(flexi, tmp_path, quiet=True)
     losses = [record["loss"] for record in RunDirectory(tmp_path).metrics("train")]

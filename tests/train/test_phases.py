@@ -5,9 +5,11 @@ import json
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from fastast.train import PhaseConfig, Recipe, RunDirectory, fit, load_model, loop
 from fastast.train.build import build_method
@@ -218,13 +220,26 @@ def test_a_glide_of_a_fixed_grid(fixed, tmp_path):
     fixed.phases = [PhaseConfig(compression=4, to=1, epochs=3)]
     fit(fixed, tmp_path, quiet=True)
     epochs = RunDirectory(tmp_path).metrics("epoch")
-    seen = [after["tokens"] - before["tokens"] for before, after in zip([{"tokens": 0}, *epochs], epochs)]
+    tokens = torch.tensor([0, *(epoch["tokens"] for epoch in epochs)]).diff()
     # Clips of 80, 40 and 20 frames: two rows of ten, five and two patches, and two class tokens.
-    assert [tokens / epoch["clips"] for tokens, epoch in zip(seen, epochs)] == [6, 12, 22]
+    per_clip = tokens / torch.tensor([epoch["clips"] for epoch in epochs])
+    assert per_clip.tolist() == [6, 12, 22]
     assert kept(tmp_path)["positions.table"].shape == (22, 32)
 
 
-@pytest.mark.parametrize("at", [1, 3, 9])
+def test_a_glide_may_compile_for_each_resolution(fixed, tmp_path, monkeypatch):
+    """However few the compiler allows by default."""
+    fixed.phases = [PhaseConfig(compression=4, to=1, epochs=4)]
+    fixed = change(fixed, "train", compile=True)
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        fit(fixed, tmp_path, quiet=True)
+    assert 2 < counter.frame_count <= 4
+
+
+@pytest.mark.parametrize("at", [5, 11])
 def test_a_run_stopped_while_it_glides_resumes(gliding, tmp_path, monkeypatch, at):
     fit(gliding, tmp_path / "whole", quiet=True)
     train_step = loop._Training._train_step

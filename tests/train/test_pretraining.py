@@ -12,12 +12,14 @@ from fastast.models import SSASTPretraining, create_model
 from fastast.tokens import resize_positions
 from fastast.train import (
     ModelConfig,
+    PhaseConfig,
     RunDirectory,
     build_method,
     evaluate_over,
     fit,
     load_data,
     load_model,
+    loop,
 )
 from fastast.train.init import start_from
 from fastast.train.predict import predict_files
@@ -195,6 +197,51 @@ def test_pretraining_resumes_bit_for_bit(pretraining, tmp_path):
     cut = RunDirectory(tmp_path / "cut").metrics("epoch")
     for name in ("epoch", "step", "tokens", "loss", "validation_loss", "validation_accuracy"):
         assert [record[name] for record in whole] == [record[name] for record in cut]
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.fixture
+def phased(pretraining):
+    """Two steps on a quarter of the frames of clips padded to 10.24 s, then two on all of them."""
+    phases = [PhaseConfig(compression=4, epochs=1, steps=2), PhaseConfig(epochs=1, steps=2)]
+    return replace(
+        with_train(pretraining, batch_clips=2, batch_tokens=1100),
+        frontend=replace(pretraining.frontend, fixed_seconds=10.25),
+        phases=phases,
+    )
+
+
+def test_pretraining_in_phases_resumes_bit_for_bit(phased, tmp_path, monkeypatch):
+    fit(phased, tmp_path / "whole", quiet=True)
+    run = RunDirectory(tmp_path / "whole")
+    phases = run.metrics("phase")
+    assert [phase["steps"] for phase in phases] == [2, 2]
+    # 256 and 1,023 frames in four rows of patches of 8 x 8, and two class tokens.
+    assert [phase["tokens"] / phase["clips"] for phase in phases] == [130, 510]
+    assert load_model(tmp_path / "whole")[0].model.positions.grid == (4, 127)
+    assert 510 / 130 < phases[1]["flops"] / phases[0]["flops"] < (510 / 130) ** 2
+
+    train_step, steps = loop._Training._train_step, 0
+
+    def stepping(training, batches):  # is killed in each phase, and between the two
+        nonlocal steps
+        steps += 1
+        if steps in (2, 4, 6):
+            raise KeyboardInterrupt
+        train_step(training, batches)
+
+    recipe = with_train(phased, checkpoint_minutes=0.0)
+    monkeypatch.setattr(loop._Training, "_train_step", stepping)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            fit(recipe, tmp_path / "cut", resume=True, quiet=True)
+    fit(recipe, tmp_path / "cut", resume=True, quiet=True)
+    cut = RunDirectory(tmp_path / "cut")
+    for kind in ("train", "phase", "epoch"):
+        for name in ("step", "tokens", "loss", "lr", "flops", "validation_loss"):
+            one, two = ([record.get(name) for record in each.metrics(kind)] for each in (run, cut))
+            assert one == two, (kind, name)
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 

@@ -5,8 +5,10 @@ import json
 import pytest
 import yaml
 
+from fastast.train.curves import curve_table
 from fastast.train.report import (
     compute_curves,
+    evaluated_curves,
     learning_curves,
     read_runs,
     results_table,
@@ -237,3 +239,48 @@ def test_wrong_folders_say_so(folders, tmp_path):
         read_runs([tmp_path])
     with pytest.raises(ValueError, match="named twice"):
         read_runs([folders[0], folders[0]])
+
+
+def test_evaluations_side_by_side(tmp_path):
+    def curve(key, places, values, **more):
+        row = {"mAP": 0.1, "clips": 80, "left_out": 0}
+        found = zip(places, values, strict=True)
+        return {key: [row | more | {"at": at, "accuracy": value} for at, value in found]}
+
+    whole = {"accuracy": 0.5, "clips": 80, "left_out": 0, "seconds": 10.255}
+    evaluations = {
+        "elastic": curve("lengths", [2.575, 10.255], [0.25, 0.5])
+        | curve("time_pools", [2], [0.125]),
+        "ast": curve("lengths", [30.735, 2.575], [0.4, None])
+        | curve("compression", [2.0], [0.3], frame_shift_ms=20.0),
+        "not evaluated": None,
+    }
+    paths = [
+        make_run(
+            tmp_path / name,
+            [epoch(0, 2.0, 0.5)],
+            evaluation=curves and {"clips_of": "test set", "whole": whole} | curves,
+        )
+        for name, curves in evaluations.items()
+    ]
+    runs = read_runs(paths)
+    models = evaluated_curves(runs)
+    assert curve_table(models, "lengths") == [
+        ["clip length (s)", "elastic", "ast"],
+        ["2.575", "25.00%", "–"],
+        ["10.255", "50.00%", "–"],
+        ["30.735", "–", "40.00%"],
+    ]
+    report = write_report(runs, tmp_path / "report").read_text()
+    assert "## Evaluation: accuracy" in report and "| 20 | – | 30.00% |" in report
+    assert (tmp_path / "report" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    lines = (tmp_path / "report" / "evaluation.csv").read_text().splitlines()
+    assert lines[0] == "model,axis,place,mAP,clips,left_out,accuracy"
+    assert lines[1:] == [
+        "elastic,lengths,2.575,0.1,80,0,0.25",
+        "elastic,lengths,10.255,0.1,80,0,0.5",
+        "elastic,time_pools,2,0.1,80,0,0.125",
+        "ast,lengths,30.735,0.1,80,0,0.4",
+        "ast,lengths,2.575,0.1,80,0,",
+        "ast,compression,20.0,0.1,80,0,0.3",
+    ]
