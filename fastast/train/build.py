@@ -334,6 +334,7 @@ def make_loader(
     seconds: float | None = None,
     compression: float | None = None,
     time_pool: int | None = None,
+    views: int | None = None,
     rank: int = 0,
     ranks: int = 1,
     fixed_shapes: bool = False,
@@ -355,6 +356,8 @@ def make_loader(
             that the recipe trains at.
         time_pool: frames that are pooled to one, if not training. Default: the least that the
             recipe trains at.
+        views: parts of each clip. Default: as many as the method compares; 1 is whole clips, if not
+            training.
         rank: of this process, out of ``ranks`` that share the clips.
         ranks: see there.
         fixed_shapes: give all batches the same shapes.
@@ -376,7 +379,7 @@ def make_loader(
         dense_frames = fixed_frames(recipe, seconds or front.fixed_seconds, shifts[0])
     framing = framing_of(recipe)
     limit = recipe.data.max_seconds if seconds is None else seconds
-    tokens, views = train.batch_tokens, views_of(recipe)
+    tokens, views = train.batch_tokens, views or views_of(recipe)
     crop = mixup = None
     if augment.crop_seconds is not None and (training or views > 1):
         crop = Crop(tuple(augment.crop_seconds), augment.crop)

@@ -74,6 +74,7 @@ def test_recipe_trains(path, setting, tones, tmp_path):
         small = {"dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}
     size = "small" if family == "asit" else "tiny"
     recipe.model = replace(recipe.model, name=f"{family}_{size}", init=None, **small)
+    recipe.asit = replace(recipe.asit, hidden=16)
     recipe.train = replace(recipe.train, max_steps=2, max_tokens=None, batch_clips=2, device="cpu")
     fit(recipe, tmp_path, quiet=True)
     phases = RunDirectory(tmp_path).metrics("phase")

@@ -17,6 +17,7 @@ from fastast.train import (
     load_model,
     make_loader,
 )
+from fastast.train.embed import embed
 from tests.train.test_fit import weights, with_train
 from tests.train.test_ranks import torchrun
 
@@ -95,6 +96,15 @@ def test_two_epochs_and_fine_tuning(pretraining, fine_tuning, tmp_path):
     method = load_model(tmp_path / "pre")[0]
     teacher = method.teacher.state_dict()
     assert all(torch.equal(value, teacher[name]) for name, value in saved.items())
+
+    # Clips are embedded whole, each once.
+    method, loaded, _ = load_model(tmp_path / "pre")
+    data = load_data(loaded.data).test
+    (found,) = embed(method, loaded, data, "cpu")
+    assert found.names == list(data.names)
+    clip = method.frontend.filterbank([data.waveform(0)], frame_shift=80)
+    expected = method.model.embed(clip)[0]
+    torch.testing.assert_close(found.vectors[0], expected, rtol=1e-4, atol=1e-5)
 
     recipe = replace(fine_tuning, model=replace(fine_tuning.model, init=str(tmp_path / "pre")))
     fit(recipe, tmp_path / "fine", quiet=True)
