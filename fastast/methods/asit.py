@@ -132,25 +132,29 @@ class MaskedDistillation(nn.Module):
         super().__init__()
         if local_tokens not in ("corrupted", "all"):
             raise ValueError(f"local_tokens must be 'corrupted' or 'all', got {local_tokens!r}")
-        for name, value, fits, condition in (
-            (
-                "reconstruction_weight",
-                reconstruction_weight,
-                reconstruction_weight >= 0,
-                "at least 0",
-            ),
-            ("local_weight", local_weight, local_weight >= 0, "at least 0"),
-            ("global_weight", global_weight, global_weight >= 0, "at least 0"),
-            ("student_temp", student_temp, student_temp > 0, "positive"),
-            ("teacher_temp", teacher_temp, teacher_temp > 0, "positive"),
-            ("first_teacher_temp", first_teacher_temp, first_teacher_temp > 0, "positive"),
-            ("teacher_temp_epochs", teacher_temp_epochs, teacher_temp_epochs >= 1, "at least 1"),
-            ("momentum", momentum, 0 <= momentum <= 1, "in [0, 1]"),
-            ("momentum_end", momentum_end, 0 <= momentum_end <= 1, "in [0, 1]"),
-            ("center_momentum", center_momentum, 0 <= center_momentum <= 1, "in [0, 1]"),
+        for name, value in (
+            ("reconstruction_weight", reconstruction_weight),
+            ("local_weight", local_weight),
+            ("global_weight", global_weight),
         ):
-            if not fits:
-                raise ValueError(f"{name} must be {condition}, got {value}")
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        for name, value in (
+            ("student_temp", student_temp),
+            ("teacher_temp", teacher_temp),
+            ("first_teacher_temp", first_teacher_temp),
+        ):
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name, value in (
+            ("momentum", momentum),
+            ("momentum_end", momentum_end),
+            ("center_momentum", center_momentum),
+        ):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value}")
+        if teacher_temp_epochs < 1:
+            raise ValueError(f"teacher_temp_epochs must be at least 1, got {teacher_temp_epochs}")
         self.model = model
         self.teacher = copy.deepcopy(model).requires_grad_(False).eval()
         self.frontend = frontend
@@ -246,11 +250,8 @@ class MaskedDistillation(nn.Module):
 
         On class tokens and dead rows, and of empty segments, they mean nothing.
         """
-        student, teacher, temps = (
-            encoded.student,
-            encoded.teacher,
-            (self.student_temp, teacher_temp),
-        )
+        student, teacher = encoded.student, encoded.teacher
+        temps = self.student_temp, teacher_temp
         local = distillation_cross_entropy(
             student.local_logits, teacher.local_logits, self.local_center, *temps
         )

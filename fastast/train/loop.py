@@ -373,7 +373,7 @@ class _Training:
                 epoch = self.epoch - self.begun["epoch"] + self.epoch_step / num_steps
                 step = self.step - self.begun["step"]
                 self.lr = self.schedule.apply(self.optimizer, step=step, epoch=epoch, done=done)
-                self._train_step([next(waiting) for _ in range(self.config.accumulate)], done)
+                self._train_step([next(waiting) for _ in range(self.config.accumulate)])
                 self.tokens += int(step_tokens[self.epoch_step])
                 self.step += 1
                 self.epoch_step += 1
@@ -383,7 +383,7 @@ class _Training:
                 self._save_if_due(self.config.checkpoint_minutes)
         self._log_steps()
 
-    def _train_step(self, batches: list[Batch], done: float) -> None:
+    def _train_step(self, batches: list[Batch]) -> None:
         loss, centering = torch.zeros((), device=self.device), []
         # Counted, not planned: clips that could not be read are not there. DDP takes the mean over
         # the ranks, and the sum is wanted.
@@ -410,6 +410,7 @@ class _Training:
         self.optimizer.zero_grad(set_to_none=True)
         self._share_statistics()
         if centering:
+            done = self._share_done(self.epoch_step / self.loader.num_steps(self.epoch))
             self.method.after_step(self.ranks.sum(sum(centering)), done=done)
         if isinstance(self.average, EMA):
             self.average.update(self.method.model)
