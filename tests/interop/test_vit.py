@@ -182,7 +182,7 @@ def test_what_does_not_fit_says_so():
     with pytest.raises(ValueError, match="has 1 class tokens, this one 2"):
         AST(3, stride=(8, 8), **size).start_from(encoder)
     AST(3, stride=(8, 8), distilled=False, **size).start_from(encoder)
-    with pytest.raises(ValueError, match="starts from a ViT, an AST or an SSAST, not from Linear"):
+    with pytest.raises(ValueError, match="starts from a ViT, an AST.* not from Linear"):
         ElasticAST(3, **size).start_from(torch.nn.Linear(2, 2))
     wide = vit_weights() | {"pos_embed": torch.zeros(1, 13, 64)}
     with pytest.raises(ValueError, match="has 12 patches, but .* square images"):
