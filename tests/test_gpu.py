@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastast import MelFilterbank, Segments, Spectrograms, TokenBudget, create_model
+from fastast import (
+    MelFilterbank,
+    Segments,
+    Spectrograms,
+    TokenBudget,
+    create_model,
+    create_pretraining_model,
+)
 from fastast.ops import frame_segments, info_nce, packed_attention_qkv, segment_pool
 from tests.testing import ragged
 
@@ -108,6 +115,26 @@ def test_models_agree_with_the_cpu(name):
     F.cross_entropy(on_gpu(clips.to("cuda")), labels.cuda()).backward()
     for (key, expected), found in zip(model.named_parameters(), on_gpu.parameters(), strict=True):
         torch.testing.assert_close(found.grad.cpu(), expected.grad, rtol=1e-8, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize("attention", ["local", "global", "hybrid"])
+def test_an_autoencoder_agrees_with_the_cpu(attention):
+    decoder = {"decoder_dim": 32, "decoder_depth": 3, "decoder_heads": 2, "decoder_global": 1}
+    kind = {"attention": attention, "window": 2, **decoder}
+    model = create_pretraining_model("audio_mae_tiny", **kind, **SMALL).double()
+    clips = ragged([16, 40, 200, 32], 32)
+    grid = model.geometry.grid(clips.segments)
+    found = {}
+    for device in ("cpu", "cuda"):
+        copied, table = copy.deepcopy(model).to(device), grid.to(device)
+        ids = torch.arange(4, device=device)
+        masked = copied.geometry.mask(table, copied.geometry, ids, seed=0, epoch=0)
+        restored = copied(clips.to(device), masked, table)
+        restored.prediction.square().sum().backward()
+        gradients = [parameter.grad.cpu() for parameter in copied.parameters()]
+        found[device] = [restored.prediction.detach().cpu(), restored.patches.cpu(), *gradients]
+    for expected, value in zip(*found.values(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-9)
 
 
 def test_filterbank_agrees_with_the_cpu():

@@ -14,7 +14,7 @@ from bench import flops
 from bench.cases.call import Call, leaf
 from bench.registry import Case, Contender, Settings, Work, benchmark
 from fastast.models.vit import TRUNK_SIZES
-from fastast.tokens import PatchGeometry, patchify, random_keep
+from fastast.tokens import PatchGeometry, UnstructuredMask, kept_lists, patchify
 
 CLIPS, FRAMES = 16, 1024
 GEOMETRIES = {
@@ -54,8 +54,9 @@ def _build(
 ) -> Work:
     generator = torch.Generator().manual_seed(0)
     frames = torch.randn(CLIPS, FRAMES, 128, generator=generator).to(device, dtype)
-    patches = geometry.freq_patches * geometry.time_patches(FRAMES)
-    keep = random_keep([patches] * CLIPS, drop, 0, 0, range(CLIPS))
+    times = geometry.time_patches(FRAMES)
+    patches, ids = geometry.freq_patches * times, range(CLIPS)
+    keep = kept_lists(UnstructuredMask(drop), geometry, [times] * CLIPS, ids, seed=0, epoch=0)
     grid = geometry.grid([FRAMES] * CLIPS, keep=keep).to(device)
     kept = np.concatenate([clip * patches + rows for clip, rows in enumerate(keep)])
     kept = torch.from_numpy(kept).to(device)

@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": "Makes a run of published weights, or the originals' form of a run.",
     "export": "Writes a model as ONNX or torch.export, which needs nothing of fastast.",
     "features": "Writes and draws the log-mel features of audio files.",
+    "reconstruct": "Draws and sounds what a masked autoencoder restores of audio files.",
     "report": "Compares runs: results, settings that differ, learning curves.",
     "tokens": "Says what fixed lengths and packing make of clips: tokens padded, tokens cut.",
     "doctor": "Checks this installation and says what to mend.",
@@ -65,5 +66,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = ["usage: fastast COMMAND ...", ""]
-    lines += [f"  {name:10}{does}" for name, does in COMMANDS.items()]
+    lines += [f"  {name:12}{does}" for name, does in COMMANDS.items()]
     return "\n".join([*lines, "", "'fastast COMMAND --help' tells more."])

@@ -7,7 +7,6 @@ tables without ever asking for a size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from fastast.ops.mel_plan import Framing
 from fastast.segments import Segments, TokenBudget
-from fastast.tokens import FoldGrid, PatchGeometry, PatchGrid
+from fastast.tokens import FoldGrid, Mask, PatchGeometry, PatchGrid
 
 if TYPE_CHECKING:
     from fastast.data.dataset import LeftOut
@@ -49,7 +48,7 @@ class BatchBudget:
         *,
         framing: Framing,
         max_frame_shift: int,
-        token_drop: float = 0.0,
+        drop: Mask | None = None,
     ) -> BatchBudget:
         """The least sizes that hold whatever clips fit the token budget.
 
@@ -62,15 +61,16 @@ class BatchBudget:
             geometry: of the patches.
             framing: of the filterbank.
             max_frame_shift: in samples, the longest that occurs.
-            token_drop: share of the patches that are dropped. Frames are computed for all
-                patches, so dropping makes the frame stream longer for the same tokens.
+            drop: which patches are dropped. Frames are computed for all patches, so dropping makes
+                the frame stream longer for the same tokens.
         """
         width, step = geometry.patch_frames, geometry.stride_frames
 
         def frames(num_tokens: int, clips: int) -> int:
-            if token_drop:  # a clip keeps more than (1 - drop) * patches - 1
-                num_tokens = math.ceil((num_tokens + clips) / (1 - token_drop))
-            return num_tokens // geometry.freq_patches * step + clips * (width - 1)
+            times = num_tokens // geometry.freq_patches
+            if drop is not None:
+                times = drop.most_times(geometry.freq_patches, num_tokens, clips)
+            return times * step + clips * (width - 1)
 
         longest = frames(tokens.max_length - geometry.prefix, 1)
         total = max(longest, frames(tokens.tokens, tokens.clips))

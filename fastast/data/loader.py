@@ -27,7 +27,7 @@ from fastast.data.dataset import AudioDataset
 from fastast.data.manifest import LeftOut
 from fastast.data.plan import BatchPlan, Planner
 from fastast.data.sampling import cut
-from fastast.tokens import PatchGeometry, random_keep
+from fastast.tokens import PatchGeometry, kept_lists
 
 
 class PackedLoader:
@@ -183,10 +183,11 @@ class _BatchMaker:
     ) -> None:
         self.dataset = planner.dataset
         self.framing, self.dense_frames = planner.framing, planner.dense_frames
-        self.token_drop, self.seed = planner.token_drop, planner.seed
+        self.drop, self.seed = planner.drop, planner.seed
         self.mixing = planner.mixup is not None
         self.mix_targets = planner.mixup is not None and planner.mixup.targets
         self.shortest_shift = int(planner.frame_shifts.min())
+        self.views = planner.views
         self.sizes = sizes
         self.skip_bad = bad_files == "skip"
 
@@ -199,7 +200,7 @@ class _BatchMaker:
             return error
         clips = [clip for clip in found if clip is not None]
         return collate(
-            clips or [self._filler()],
+            clips or [self._filler()] * self.views,
             order.geometry,
             framing=self.framing,
             sample_rate=self.dataset.sample_rate,
@@ -212,9 +213,11 @@ class _BatchMaker:
 
     def _kept(self, order: BatchPlan) -> list[np.ndarray | None]:
         """Each clip's patches that become tokens; None for all."""
-        if not self.token_drop:
+        if self.drop is None:
             return [None] * len(order.rows)
-        return random_keep(order.patches, self.token_drop, self.seed, order.epoch, order.keys)
+        times = order.patches // order.geometry.freq_patches
+        keys = {"seed": self.seed, "epoch": order.epoch}
+        return kept_lists(self.drop, order.geometry, times, order.keys, **keys)
 
     def _clip(
         self, order: BatchPlan, index: int, keep: np.ndarray | None, left_out: list[LeftOut]
@@ -266,7 +269,7 @@ class _BatchMaker:
         target = torch.zeros_like(self._target(0))
         if target.ndim == 0:
             target.fill_(IGNORED_TARGET)
-        keep = np.zeros(1, np.int64) if self.token_drop else None
+        keep = None if self.drop is None else np.zeros(1, np.int64)
         return Clip(waveform, target, -1, self.shortest_shift, keep)
 
 

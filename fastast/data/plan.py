@@ -9,7 +9,7 @@ rank knows what the others do without asking.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from fastast.data.sampling import Crop, Mixup, Sampler
 from fastast.ops.mel_plan import Framing, hop_from_ms
 from fastast.random import random_below, random_bits
 from fastast.segments import TokenBudget
-from fastast.tokens import PatchGeometry, kept_patches
+from fastast.tokens import Mask, PatchGeometry, UnstructuredMask
 
 
 @dataclass(frozen=True)
@@ -166,16 +166,19 @@ class Planner:
             the spectrograms of shorter ones padded to it (:attr:`Batch.dense_frames`). Batches
             then have as many clips as the budget holds, and no dead rows when they are full.
         token_drop: share of each clip's patches to drop, as ElasticAST's code does (0.1) and its
-            paper does not. Packing counts the patches that remain.
+            paper does not; or a mask that says which, such as whole times and frequencies
+            (Audio-MAE's fine-tuning). Packing counts the patches that remain.
         mixup: which clips to mix; default none.
         sampler: which clips an epoch visits, and whether in order.
+        views: parts of each visit, with random numbers of their own, which stand side by side in
+            one batch (ASiT: 2). Each counts as a clip.
         packing: how they are dealt out. Within a batch clips stand in order of their token count,
             longest first, so that equal lengths adjoin and can be computed together.
         seed: of all draws.
 
     Raises:
         ValueError: an argument out of range, or a clip that is longer than ``budget.max_length``
-            at its finest resolution.
+            at its finest resolution, or whose views do not fit one batch.
     """
 
     def __init__(
@@ -191,9 +194,10 @@ class Planner:
         max_seconds: float | None = None,
         crop: Crop | None = None,
         dense_frames: int | None = None,
-        token_drop: float = 0.0,
+        token_drop: float | Mask = 0.0,
         mixup: Mixup | None = None,
         sampler: Sampler | None = None,
+        views: int = 1,
         packing: Packing | None = None,
         seed: int = 0,
     ) -> None:
@@ -204,13 +208,20 @@ class Planner:
         self.max_seconds = max_seconds
         self.crop = crop
         self.dense_frames = dense_frames
-        self.token_drop = token_drop
         self.mixup = mixup
         self.sampler = sampler or Sampler()
+        self.views = views
         self.packing = packing or Packing()
         self.seed = seed
-        if not 0 <= token_drop < 1:
-            raise ValueError(f"token_drop must lie in [0, 1), got {token_drop}")
+        if isinstance(token_drop, int | float):
+            if not 0 <= token_drop < 1:
+                raise ValueError(f"token_drop must lie in [0, 1), got {token_drop}")
+            token_drop = UnstructuredMask(token_drop) if token_drop else None
+        self.drop: Mask | None = token_drop
+        if not 1 <= views <= budget.clips:
+            raise ValueError(
+                f"views must lie in [1, {budget.clips}], the clips of a batch, got {views}"
+            )
         if max_seconds is not None and max_seconds <= 0:
             raise ValueError(f"max_seconds must be positive, got {max_seconds}")
         least = max(each.min_frames() for each in self.geometries)
@@ -225,6 +236,8 @@ class Planner:
         self.time_pools = np.array(time_pools, np.int64) if len(time_pools) else None
         if dense_frames is not None:
             self.budget = self._dense_budget(budget, dense_frames)
+        whole_visits = self.budget.clips - self.budget.clips % views
+        self.budget = replace(self.budget, clips=whole_visits)
         self._check_longest()
         self._last: EpochPlan | None = None
 
@@ -243,7 +256,7 @@ class Planner:
                 each: BatchBudget.for_dense(self._dense_tokens(each), frames, **sizes)
                 for each in self.geometries
             }
-        sizes["token_drop"] = self.token_drop
+        sizes["drop"] = self.drop
         most = [BatchBudget.for_tokens(self.budget, each, **sizes) for each in self.geometries]
         if len(most) == 1:
             return {self.geometries[0]: most[0]}
@@ -270,11 +283,11 @@ class Planner:
     def _dense_tokens(self, geometry: PatchGeometry) -> TokenBudget:
         """The tokens of full batches of clips of ``dense_frames``."""
         patches = geometry.freq_patches * geometry.time_patches(self.dense_frames)
-        length = int(self._num_tokens(patches))
+        length = int(self._num_tokens(patches, geometry))
         return TokenBudget(self.budget.clips * length, self.budget.clips, length)
 
     def _make(self, epoch: int) -> EpochPlan:
-        visits = self.sampler.draw(self.dataset, self.seed, epoch)
+        visits = self.sampler.draw(self.dataset, self.seed, epoch).views(self.views)
         keys = torch.from_numpy(visits.keys)
         choice = random_below(self.seed, epoch, keys, "resolution", len(self.frame_shifts))
         frame_shift = self.frame_shifts[choice.numpy()]
@@ -292,7 +305,9 @@ class Planner:
         all_patches = np.stack(
             [self._num_patches(num_samples, frame_shift, each, pool) for each in self.geometries]
         )
-        all_tokens = self._num_tokens(all_patches)
+        all_tokens = np.stack(
+            [self._num_tokens(*each) for each in zip(all_patches, self.geometries, strict=True)]
+        )
         bins = self._deal(all_tokens.max(0), epoch)
         drawn = self._draw_patch_sizes(len(bins) // self.packing.group, epoch)
         drawn_for = np.zeros(len(lengths), np.int64)
@@ -324,12 +339,13 @@ class Planner:
         return random_below(self.seed, epoch, steps, "patch size", count).tolist()
 
     def _deal(self, tokens: np.ndarray, epoch: int) -> list[np.ndarray]:
-        """Visits of each batch, longest first."""
-        group = self.packing.group
+        """Visits of each batch, longest first; the views of a clip side by side."""
+        group, views = self.packing.group, np.arange(self.views)
+        tokens = tokens.reshape(-1, self.views).sum(1)
         bin_of = pack(
             tokens,
             self.budget.tokens,
-            self.budget.clips,
+            self.budget.clips // self.views,
             strategy=self.packing.strategy,
             window=self.packing.window,
             group=group,
@@ -338,6 +354,7 @@ class Planner:
         by_bin = np.lexsort((np.arange(len(tokens)), -tokens, bin_of))
         ends = np.cumsum(np.bincount(bin_of, minlength=num_steps * group))
         bins = np.split(by_bin, ends[:-1])
+        bins = [(self.views * clips[:, None] + views).flatten() for clips in bins]
         if self.sampler.shuffle:
             # The packers make batches of long clips and batches of short ones, in order.
             places = random_bits(self.seed, epoch, torch.arange(num_steps), "steps", 1)[:, 0]
@@ -371,14 +388,17 @@ class Planner:
             frames = self.framing.num_frames(padded, frame_shift)
         return geometry.freq_patches * geometry.time_patches(frames, pool)
 
-    def _num_tokens(self, patches: np.ndarray | int) -> np.ndarray | int:
+    def _num_tokens(self, patches: np.ndarray | int, geometry: PatchGeometry) -> np.ndarray | int:
         """Rows of the token stream that a clip takes: the patches it keeps and the prefix."""
-        return kept_patches(patches, self.token_drop) + self.geometries[0].prefix
+        if self.drop is not None:
+            freq = geometry.freq_patches
+            patches = self.drop.num_kept(freq, patches // freq)
+        return patches + geometry.prefix
 
     def _dense_budget(self, budget: TokenBudget, dense_frames: int) -> TokenBudget:
         """The part of a budget that clips of equal size can fill."""
         length = max(
-            int(self._num_tokens(each.freq_patches * each.time_patches(dense_frames)))
+            int(self._num_tokens(each.freq_patches * each.time_patches(dense_frames), each))
             for each in self.geometries
         )
         clips = min(budget.clips, budget.tokens // length)
@@ -400,15 +420,16 @@ class Planner:
             pool = np.full(len(longest), self.time_pools.min())
         tokens = np.max(
             [
-                self._num_tokens(self._num_patches(longest, finest, g, pool))
+                self._num_tokens(self._num_patches(longest, finest, g, pool), g)
                 for g in self.geometries
             ],
             0,
         )
         worst = int(tokens.argmax())
-        if tokens[worst] > self.budget.max_length:
+        limit = min(self.budget.max_length, self.budget.tokens // self.views)
+        if tokens[worst] > limit:
+            each = "" if self.views == 1 else f" for each of {self.views} views"
             raise ValueError(
                 f"{self.dataset.paths[worst]} has {tokens[worst]} tokens but the budget allows "
-                f"{self.budget.max_length}; raise TokenBudget.max_length, or cut clips with "
-                "max_seconds"
+                f"{limit}{each}; raise TokenBudget.max_length, or cut clips with max_seconds"
             )

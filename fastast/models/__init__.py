@@ -1,6 +1,8 @@
 """Audio spectrogram transformers over packed streams."""
 
+from fastast.models.asit import ASiT, ASiTPretraining
 from fastast.models.ast import AST
+from fastast.models.audio_mae import AudioMAE, AudioMAEPretraining
 from fastast.models.elastic_ast import ElasticAST
 from fastast.models.flexi_ast import FlexiAST
 from fastast.models.hts_at import HTSAT, resize_windows
@@ -11,6 +13,10 @@ __all__ = [
     "AST",
     "HTSAT",
     "SSAST",
+    "ASiT",
+    "ASiTPretraining",
+    "AudioMAE",
+    "AudioMAEPretraining",
     "ElasticAST",
     "FlexiAST",
     "SSASTPretraining",

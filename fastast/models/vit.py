@@ -54,18 +54,26 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after a LayerNorm and around a residual connection."""
+    """Attention and MLP, each after a LayerNorm and around a residual connection.
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, scale: float | None) -> None:
+    Shape:
+        ``x [rows, dim] -> [rows, dim]``. ``factors`` multiply the two branches, ``[rows, 2]``.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, scale: float | None = None
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = PackedAttention(dim, num_heads, scale=scale)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, segments: Segments) -> Tensor:
-        x = x + self.attn(self.norm1(x), segments)
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x: Tensor, segments: Segments, factors: Tensor | None = None) -> Tensor:
+        branch = self.attn(self.norm1(x), segments)
+        x = x + (branch if factors is None else branch * factors[:, :1].to(branch.dtype))
+        branch = self.mlp(self.norm2(x))
+        return x + (branch if factors is None else branch * factors[:, 1:].to(branch.dtype))
 
 
 class Trunk(nn.Module):
@@ -94,9 +102,22 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, scale) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
-    def forward(self, x: Tensor, segments: Segments) -> Tensor:
-        for block in self.blocks:
-            x = block(x, segments)
+    def forward(self, x: Tensor, segments: Segments, drops: Tensor | None = None) -> Tensor:
+        """Runs the blocks.
+
+        Args:
+            x: the stream of tokens.
+            segments: of the stream.
+            drops: float32 ``[segments, 2 * depth]``, what each clip's residual branches are
+                multiplied by, see :func:`~fastast.nn.drop_path.drop_path_factors`.
+        """
+        factors = [None] * len(self.blocks)
+        if drops is not None:
+            clip = segments.row_ids(x.shape[0])
+            drops = F.pad(drops, (0, 0, 0, 1)).unflatten(1, (-1, 2))  # the last is of dead rows
+            factors = [F.embedding(clip, drop) for drop in drops.unbind(1)]
+        for block, factor in zip(self.blocks, factors, strict=True):
+            x = block(x, segments, factor)
         return self.norm(x)
 
 

@@ -1,7 +1,7 @@
 """Windows over the patch grids of a ragged batch, each described by four numbers.
 
 The tokens of a clip are its patch grid of ``height x width``, row-major: token ``y * width + x``.
-(Which axis is time is the model's affair: HTS-AT's rows are frequencies, Audio-MAE's are times.)
+(Here rows are frequencies; in Audio-MAE's published code they are times.)
 A window grid with cells of ``window x window`` patches, displaced by ``shift``, cuts it; cells that
 reach past the clip's edge are clipped::
 
@@ -80,7 +80,7 @@ class WindowGrids:
             window: patches along the side of a window.
             shift: by which the window grid is displaced along height and width, less than
                 ``window``. One number for both. (Swin: ``window // 2`` in every second block;
-                Audio-MAE's decoder: ``(2, 0)``.)
+                Audio-MAE's code, along time alone: ``(0, 2)``.)
             budget: pads the table (not the clips) to a fixed size.
 
         Raises:

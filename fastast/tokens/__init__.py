@@ -2,8 +2,15 @@
 
 from fastast.tokens.fold import FoldGeometry, FoldGrid, fold_frames, fold_patches
 from fastast.tokens.gmml import GMML, Corrupted, corrupted_share
-from fastast.tokens.grid import PatchGeometry, PatchGrid, kept_patches, random_keep
-from fastast.tokens.masking import ClusteredMask, Mask, StructuredMask, UnstructuredMask
+from fastast.tokens.grid import PatchGeometry, PatchGrid, kept_patches
+from fastast.tokens.masked import MaskedGeometry, MaskedGrid, Split
+from fastast.tokens.masking import (
+    ClusteredMask,
+    Mask,
+    StructuredMask,
+    UnstructuredMask,
+    kept_lists,
+)
 from fastast.tokens.patchify import patchify
 from fastast.tokens.positions import (
     FactorisedPositions,
@@ -22,18 +29,21 @@ __all__ = [
     "FoldGrid",
     "GridPositions",
     "Mask",
+    "MaskedGeometry",
+    "MaskedGrid",
     "PatchGeometry",
     "PatchGrid",
     "ResizedPositions",
     "SinCosPositions",
+    "Split",
     "StructuredMask",
     "UnstructuredMask",
     "corrupted_share",
     "fold_frames",
     "fold_patches",
+    "kept_lists",
     "kept_patches",
     "patchify",
-    "random_keep",
     "resize_patch_kernel",
     "resize_positions",
 ]

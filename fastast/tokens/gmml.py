@@ -244,7 +244,7 @@ class GMML:
             self._interval(bins, self.align[0], bits[..., 2], bits[..., 3]),
             (ratio * (lengths * num_mels)).ceil().long(),
             alien,
-            _another(lengths, head[:, 2]),
+            another_clip(lengths, head[:, 2]),
         )
 
     def _interval(self, size: Tensor, align: int, *bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -359,7 +359,7 @@ def _repeat(x: Tensor, times: int) -> Tensor:
     return x if times == 1 else x[:, :, None].expand(-1, -1, times).flatten(1)
 
 
-def _another(lengths: Tensor, bits: Tensor) -> Tensor:
+def another_clip(lengths: Tensor, bits: Tensor) -> Tensor:
     """For each clip another one that has frames, uniformly; itself if there is none."""
     if len(lengths) == 0:
         return lengths

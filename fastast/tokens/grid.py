@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastast.random import random_bits
 from fastast.segments import Segments, TokenBudget
 
 
@@ -278,30 +277,3 @@ def kept_patches(num_patches: int | np.ndarray, drop: float) -> int | np.ndarray
     kept = np.maximum((np.asarray(num_patches) * (1 - drop)).astype(np.int64), 1)
     kept = np.minimum(kept, num_patches)
     return int(kept) if np.ndim(num_patches) == 0 else kept
-
-
-def random_keep(
-    num_patches: Sequence[int] | np.ndarray,
-    drop: float,
-    seed: int,
-    epoch: int,
-    clips: Sequence[int] | np.ndarray,
-) -> list[np.ndarray]:
-    """Patches that survive token dropping: for each clip, sorted, without replacement.
-
-    ElasticAST's code (not its paper) trains with ``drop=0.1``. The draws are those of
-    :class:`~fastast.tokens.UnstructuredMask`, for the loader's keep lists.
-
-    Args:
-        num_patches: of each clip; :func:`kept_patches` of them survive.
-        drop: share to drop, in [0, 1).
-        seed, epoch, clips: keys of the draws, see :mod:`fastast.random`.
-    """
-    num_patches, ids = np.asarray(num_patches, np.int64), np.asarray(clips, np.int64)
-    most = int(num_patches.max(initial=0))
-    bits = random_bits(seed, epoch, torch.from_numpy(ids), "token drop", most).numpy()
-    kept = kept_patches(num_patches, drop)
-    return [
-        np.sort(row[:patches].argsort()[:count])
-        for row, patches, count in zip(bits, num_patches, kept, strict=True)
-    ]

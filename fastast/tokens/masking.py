@@ -23,6 +23,7 @@ No loop runs over clips, patches or clusters.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,7 +35,7 @@ from fastast.random import below, purpose_key, random_bits
 from fastast.tokens.cover import cover_rank
 from fastast.tokens.grid import PatchGeometry, PatchGrid, kept_patches
 
-_UNSTRUCTURED = purpose_key("token drop")  # the draws of `random_keep`
+_UNSTRUCTURED = purpose_key("token drop")
 _TIME = purpose_key("mask time")
 _FREQUENCY = purpose_key("mask frequency")
 _CLUSTERS = purpose_key("mask clusters")
@@ -45,6 +46,11 @@ class Mask(Protocol):
 
     def num_kept(self, freq_patches: int, time_patches: int | np.ndarray) -> int | np.ndarray:
         """Patches that a clip keeps."""
+        ...
+
+    def most_times(self, freq_patches: int, kept: int, clips: int) -> int:
+        """Bound on the patches along time, masked ones included, that so many clips have together
+        if they keep so many patches together."""
         ...
 
     def __call__(
@@ -93,6 +99,10 @@ class UnstructuredMask:
         """``floor(patches * (1 - ratio))``, at least one."""
         return kept_patches(freq_patches * time_patches, self.ratio)
 
+    def most_times(self, freq_patches: int, kept: int, clips: int) -> int:
+        """See :class:`Mask`. A clip keeps more than ``patches * (1 - ratio) - 1``."""
+        return math.ceil((kept + clips) / (1 - self.ratio)) // freq_patches
+
     def __call__(
         self,
         grid: PatchGrid,
@@ -131,6 +141,11 @@ class StructuredMask:
         """Kept rows times kept columns."""
         rows = kept_patches(freq_patches, self.freq_ratio)
         return rows * kept_patches(time_patches, self.time_ratio)
+
+    def most_times(self, freq_patches: int, kept: int, clips: int) -> int:
+        """See :class:`Mask`. A clip keeps more than ``times * (1 - time_ratio) - 1`` columns."""
+        columns = kept // kept_patches(freq_patches, self.freq_ratio)
+        return math.ceil((columns + clips) / (1 - self.time_ratio))
 
     def __call__(
         self,
@@ -184,6 +199,10 @@ class ClusteredMask:
         kept = patches - masked
         return int(kept) if kept.ndim == 0 else kept
 
+    def most_times(self, freq_patches: int, kept: int, clips: int) -> int:
+        """See :class:`Mask`. A clip keeps ``patches * (1 - ratio)`` at least."""
+        return math.ceil(kept / (1 - self.ratio)) // freq_patches
+
     def __call__(
         self,
         grid: PatchGrid,
@@ -236,6 +255,39 @@ class ClusteredMask:
         if each patch is missed by each with the same probability."""
         covering = -math.log1p(-self.ratio) * patches / self.sizes[0] ** 2
         return 8 + math.ceil(2.5 * covering)
+
+
+def kept_lists(
+    mask: Mask,
+    geometry: PatchGeometry,
+    time_patches: Sequence[int] | np.ndarray,
+    clip_ids: Sequence[int] | np.ndarray,
+    *,
+    seed: int,
+    epoch: int,
+) -> list[np.ndarray]:
+    """What a mask leaves of clips, as the ``keep`` of :meth:`PatchGeometry.grid`: for dropping
+    tokens in the loader.
+
+    Args:
+        mask: which patches are dropped.
+        geometry: of the patches.
+        time_patches: of each clip, along time.
+        clip_ids: of the clips.
+        seed, epoch: the other keys of the draws.
+
+    Returns:
+        For each clip, the sorted indices of its patches that are kept.
+    """
+    # Only places matter here, so any frames with such patches will do.
+    plain = PatchGeometry(geometry.num_mels, geometry.patch_size, geometry.stride)
+    width = np.asarray(time_patches, np.int64)
+    frames = np.where(width > 0, (width - 1) * plain.stride[1] + plain.patch_size[1], 0)
+    grid = plain.grid(frames)
+    ids = torch.from_numpy(np.asarray(clip_ids, np.int64))
+    kept = ~mask(grid, plain, ids, seed=seed, epoch=epoch).numpy()
+    offsets = grid.segments.host_offsets.tolist()
+    return [kept[a:b].nonzero()[0] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
 
 
 def _check_ratio(name: str, ratio: float) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
+import numpy as np
 from torch import nn
 
 from fastast.data import (
@@ -22,12 +23,24 @@ from fastast.data import (
 )
 from fastast.data.datasets import load_manifests
 from fastast.frontend import MelFrontend
-from fastast.methods import MaskedSpectrogramModeling, Supervised
+from fastast.methods import (
+    MaskedDistillation,
+    MaskedReconstruction,
+    MaskedSpectrogramModeling,
+    Supervised,
+)
 from fastast.models import FlexiAST, create_model, create_pretraining_model
 from fastast.nn import MelFilterbank
 from fastast.ops import Framing, hop_from_ms
 from fastast.segments import TokenBudget
-from fastast.tokens import ClusteredMask, PatchGeometry, UnstructuredMask
+from fastast.tokens import (
+    GMML,
+    ClusteredMask,
+    Mask,
+    PatchGeometry,
+    StructuredMask,
+    UnstructuredMask,
+)
 from fastast.train.recipe import FILTERBANK_SETTINGS, DataConfig, Recipe
 
 PARTS = ("train", "validation", "test")
@@ -119,6 +132,10 @@ def build_method(recipe: Recipe, num_classes: int, *, multi_label: bool = False)
         raise ValueError("frontend.mean and frontend.std are not set; measure them first")
     if recipe.train.method == "ssast":
         return _ssast(recipe)
+    if recipe.train.method == "audio_mae":
+        return _audio_mae(recipe)
+    if recipe.train.method == "asit":
+        return _asit(recipe)
     return _supervised(recipe, num_classes, multi_label)
 
 
@@ -149,15 +166,7 @@ def _supervised(recipe: Recipe, num_classes: int, multi_label: bool) -> Supervis
 
 
 def _ssast(recipe: Recipe) -> MaskedSpectrogramModeling:
-    for name, value in (
-        ("train.loss", recipe.train.loss),
-        ("train.label_smoothing", recipe.train.label_smoothing),
-        ("augment.token_drop", recipe.augment.token_drop),
-        ("model.init", recipe.model.init),
-        ("model.pool", recipe.model.pool),
-    ):
-        if value:
-            raise ValueError(f"{name} ({value}) means nothing to train.method ssast: leave it out")
+    _check_unsupervised(recipe)
     config = recipe.ssast
     model = _build_model(recipe, create_pretraining_model)
     if model.geometry.freq_patches == 1:
@@ -175,6 +184,83 @@ def _ssast(recipe: Recipe) -> MaskedSpectrogramModeling:
     )
 
 
+def _audio_mae(recipe: Recipe) -> MaskedReconstruction:
+    _check_unsupervised(recipe)
+    settings = asdict(recipe.audio_mae)
+    ratios = [settings.pop(name) for name in ("mask_ratio", "time_ratio", "freq_ratio")]
+    if settings.pop("masking") == "unstructured":
+        mask = UnstructuredMask(ratios[0])
+    else:
+        mask = StructuredMask(*ratios[1:])
+    targets, average = settings.pop("targets"), settings.pop("average")
+    return MaskedReconstruction(
+        _build_model(recipe, partial(create_pretraining_model, mask=mask, **settings)),
+        _build_frontend(recipe),
+        normalise=targets == "normalised",
+        average=average,
+        seed=recipe.train.seed,
+    )
+
+
+def _check_unsupervised(recipe: Recipe) -> None:
+    """Rejects settings of classification where nothing is classified."""
+    method, augment = recipe.train.method, recipe.augment
+    for name, value in (
+        ("train.loss", recipe.train.loss),
+        ("train.label_smoothing", recipe.train.label_smoothing),
+        ("augment.token_drop", augment.token_drop),
+        ("augment.time_drop", augment.time_drop),
+        ("augment.freq_drop", augment.freq_drop),
+        ("model.init", recipe.model.init),
+        ("model.pool", recipe.model.pool),
+        ("model.drop_path", recipe.model.drop_path),
+    ):
+        if value:
+            raise ValueError(
+                f"{name} ({value}) means nothing to train.method {method}: leave it out"
+            )
+
+
+def _asit(recipe: Recipe) -> MaskedDistillation:
+    _check_unsupervised(recipe)
+    train, augment = recipe.train, recipe.augment
+    for name, value in (
+        ("train.average", train.average != "last" and train.average),
+        ("augment.mixup", augment.mixup),
+        ("frontend.fixed_seconds", recipe.frontend.fixed_seconds),
+    ):
+        if value:
+            raise ValueError(f"{name} ({value}) means nothing to train.method asit: leave it out")
+    if augment.crop_seconds is None:
+        raise ValueError(
+            "train.method asit compares two views of a clip: set augment.crop_seconds, how long "
+            "they are"
+        )
+    settings = asdict(recipe.asit)
+    corruption = GMML(**{name: settings.pop(name) for name in CORRUPTION_SETTINGS})
+    heads = {name: settings.pop(name) for name in HEAD_SETTINGS}
+    heads["as_code"] = settings.pop("heads_as_code")
+    return MaskedDistillation(
+        _build_model(recipe, partial(create_pretraining_model, **heads)),
+        _build_frontend(recipe),
+        corruption,
+        seed=train.seed,
+        **settings,
+    )
+
+
+CORRUPTION_SETTINGS = ("ratio", "alien_share", "alien_ratio", "align")
+"""What a recipe can say about ASiT's corruption."""
+
+HEAD_SETTINGS = ("hidden", "bottleneck", "local_classes", "global_classes")
+"""What it can say about the sizes of its heads."""
+
+
+def views_of(recipe: Recipe) -> int:
+    """How many parts of each clip a batch has."""
+    return 2 if recipe.train.method == "asit" else 1
+
+
 def _build_model(recipe: Recipe, create: Callable[..., nn.Module]) -> nn.Module:
     front, name = recipe.frontend, recipe.model.name
     settings = {
@@ -187,14 +273,16 @@ def _build_model(recipe: Recipe, create: Callable[..., nn.Module]) -> nn.Module:
     seconds, input_frames = front.fixed_seconds, recipe.model.input_frames
     if name.startswith("ast_") and seconds is None:
         raise ValueError(f"{name} has a fixed input length: set frontend.fixed_seconds")
-    if name.startswith("ssast_") and seconds is None and input_frames is None:
+    if name.startswith(("ssast_", "asit_")) and seconds is None and input_frames is None:
         seconds = recipe.data.max_seconds
+        if views_of(recipe) > 1:
+            seconds = max(recipe.augment.crop_seconds)
         if seconds is None:
             raise ValueError(
                 f"{name} has positions up to some length: set data.max_seconds, or "
                 "frontend.fixed_seconds"
             )
-    if name.startswith(("ast_", "flexi_ast_", "ssast_")) and seconds is not None:
+    if name.startswith(("ast_", "flexi_ast_", "ssast_", "asit_")) and seconds is not None:
         if input_frames is not None:
             raise ValueError(
                 "model.input_frames follows from frontend.fixed_seconds: set one of them alone"
@@ -276,6 +364,18 @@ def seconds_of(recipe: Recipe, frames: int) -> float:
     return int(framing_of(recipe).least_samples(frames, shift)) / rate
 
 
+def _token_drop(recipe: Recipe) -> float | Mask:
+    augment = recipe.augment
+    if not (augment.time_drop or augment.freq_drop):
+        return augment.token_drop
+    if augment.token_drop:
+        raise ValueError(
+            "augment.token_drop drops tokens one by one, augment.time_drop and augment.freq_drop "
+            "whole times and frequencies: choose one of the two"
+        )
+    return StructuredMask(augment.time_drop, augment.freq_drop)
+
+
 def make_loader(
     recipe: Recipe,
     dataset: AudioDataset,
@@ -285,6 +385,7 @@ def make_loader(
     seconds: float | None = None,
     compression: float | None = None,
     time_pool: int | None = None,
+    views: int | None = None,
     rank: int = 0,
     ranks: int = 1,
     fixed_shapes: bool = False,
@@ -306,6 +407,8 @@ def make_loader(
             that the recipe trains at.
         time_pool: frames that are pooled to one, if not training. Default: the least that the
             recipe trains at.
+        views: parts of each clip. Default: as many as the method compares; 1 is whole clips, if not
+            training.
         rank: of this process, out of ``ranks`` that share the clips.
         ranks: see there.
         fixed_shapes: give all batches the same shapes.
@@ -327,16 +430,16 @@ def make_loader(
         dense_frames = fixed_frames(recipe, seconds or front.fixed_seconds, shifts[0])
     framing = framing_of(recipe)
     limit = recipe.data.max_seconds if seconds is None else seconds
-    tokens = train.batch_tokens
+    tokens, views = train.batch_tokens, views or views_of(recipe)
     crop = mixup = None
+    if augment.crop_seconds is not None and (training or views > 1):
+        crop = Crop(tuple(augment.crop_seconds), augment.crop)
     patch_sizes, time_pools = [], []
     sampler = Sampler(shuffle=False)
     if training:
         patch_sizes = size_pairs(augment.patch_sizes or [])
         if len(recipe.model.time_pools) > 1:
             time_pools = recipe.model.time_pools
-        if augment.crop_seconds is not None:
-            crop = Crop(tuple(augment.crop_seconds), augment.crop)
         if augment.mixup:
             mixup = Mixup(augment.mixup, augment.mixup_alpha, augment.mixup_targets)
         sampler = Sampler(balance=recipe.data.balance, clips=recipe.data.clips_per_epoch)
@@ -347,10 +450,12 @@ def make_loader(
         rate = recipe.data.sample_rate
         samples = int(max(dataset.lengths))
         samples = samples if limit is None else min(samples, samples_in(limit, rate))
+        if crop is not None:
+            samples = int(crop.longest(np.array(samples), rate))
         hop = hop_from_ms(shifts[0], rate)
         samples = padded_samples(samples, geometry.min_frames(), framing, hop)
         frames = dense_frames or int(framing.num_frames(samples, hop))
-        tokens = max(tokens, geometry.num_tokens(frames))
+        tokens = max(tokens, views * geometry.num_tokens(frames))
     planner = Planner(
         dataset,
         geometry,
@@ -362,9 +467,10 @@ def make_loader(
         max_seconds=limit,
         crop=crop,
         dense_frames=dense_frames,
-        token_drop=augment.token_drop if training else 0.0,
+        token_drop=_token_drop(recipe) if training else 0.0,
         mixup=mixup,
         sampler=sampler,
+        views=views,
         packing=Packing(
             train.packing, train.packing_window, ranks, train.accumulate if training else 1
         ),

@@ -21,11 +21,20 @@ from torch import nn
 from fastast.interop import from_reference, to_reference
 from fastast.interop import transformers as hugging_face
 from fastast.interop.checkpoint import Checkpoint, family_of, read_checkpoint
-from fastast.models import AST, HTSAT, SSAST, ElasticAST, FlexiAST, SSASTPretraining
+from fastast.models import (
+    AST,
+    HTSAT,
+    SSAST,
+    AudioMAE,
+    AudioMAEPretraining,
+    ElasticAST,
+    FlexiAST,
+    SSASTPretraining,
+)
 from fastast.models.vit import TRUNK_SIZES
 from fastast.nn import AttentionPool
 from fastast.train.build import build_method, seconds_of
-from fastast.train.recipe import FrontendConfig, ModelConfig, Recipe
+from fastast.train.recipe import AudioMAEConfig, FrontendConfig, ModelConfig, Recipe
 from fastast.train.run import RunDirectory, load_model, write_atomically
 
 
@@ -38,6 +47,7 @@ class Terms(NamedTuple):
 
 LICENSES = {
     "ast": Terms("BSD-3-Clause", True),
+    "audio_mae": Terms("CC BY-NC 4.0; its README says CC BY 4.0", False),
     "elastic_ast": Terms("none stated", False),
     "flexi_ast": Terms("none stated", False),
     "hts_at": Terms("MIT", True),
@@ -53,6 +63,9 @@ _STATISTICS = {
     50: (-6.6268077, 5.358466),
     35: (-6.845978, 5.5654526),
 }
+
+
+_PRETRAINING = SSASTPretraining | AudioMAEPretraining
 
 
 def convert(
@@ -109,7 +122,7 @@ def convert(
         )
     config = checkpoint.config | (config or {})
     model = from_reference(checkpoint.weights, family, config)
-    classes = 0 if isinstance(model, SSASTPretraining) else model.head.out_features
+    classes = 0 if isinstance(model, _PRETRAINING) else model.head.out_features
     names = _class_names(class_names, config, classes)
     if multi_label is None:
         problem = config.get("problem_type")
@@ -192,7 +205,7 @@ def _frontend(
     known = json.loads(beside.read_text()) if beside.is_file() else {}
     if {"mean", "std"} <= known.keys():
         statistics = known["mean"], known["std"]
-    elif isinstance(model, SSASTPretraining):
+    elif isinstance(model, _PRETRAINING):
         statistics = _STATISTICS[527]
     else:
         statistics = _STATISTICS.get(model.head.out_features, (None, None))
@@ -215,7 +228,7 @@ def _as_recipe(model: nn.Module, front: FrontendConfig) -> tuple[Recipe, dict[st
         recipe.data.sample_rate = 32000
         recipe.model = _hts_at_config(model)
         return recipe, model.state_dict()
-    dim, blocks = model.trunk.norm.normalized_shape[0], model.trunk.blocks
+    dim, blocks = model.patch_embed.proj.out_features, model.trunk.blocks
     # All that sets a size apart is written out; its name is the nearest.
     size = min(TRUNK_SIZES, key=lambda name: abs(TRUNK_SIZES[name].dim - dim))
     config = recipe.model = ModelConfig(
@@ -229,6 +242,12 @@ def _as_recipe(model: nn.Module, front: FrontendConfig) -> tuple[Recipe, dict[st
         config.max_time_patches = model.positions.time.shape[0]
         config.pool = "attention" if isinstance(model.pool, AttentionPool) else "mean"
         return recipe, _with_scaled_queries(model)
+    if isinstance(model, AudioMAE | AudioMAEPretraining):
+        config.name, config.stride = f"audio_mae_{size}", model.geometry.stride
+        config.position_wrap = model.positions.wrap
+        if isinstance(model, AudioMAEPretraining):
+            recipe.train.method, recipe.audio_mae = "audio_mae", _audio_mae_config(model)
+        return recipe, model.state_dict()
     recipe.frontend.fixed_seconds = seconds_of(recipe, model.input_frames)
     if isinstance(model, AST | FlexiAST):
         config.distilled = model.geometry.prefix == 2
@@ -246,6 +265,18 @@ def _as_recipe(model: nn.Module, front: FrontendConfig) -> tuple[Recipe, dict[st
     else:
         recipe.train.method = "ssast"
     return recipe, model.state_dict()
+
+
+def _audio_mae_config(model: AudioMAEPretraining) -> AudioMAEConfig:
+    decoder, shift = model.decoder, model.geometry.shift
+    blocks = decoder.local_blocks or decoder.global_blocks
+    return AudioMAEConfig(
+        attention="local" if decoder.local_blocks else "global",
+        decoder_dim=decoder.embed.out_features,
+        decoder_depth=len(blocks),
+        decoder_heads=blocks[0].attn.num_heads,
+        shift="both" if shift[0] else "time" if shift[1] else "none",
+    )
 
 
 def _hts_at_config(model: HTSAT) -> ModelConfig:
@@ -283,7 +314,7 @@ def _with_scaled_queries(model: ElasticAST) -> dict[str, torch.Tensor]:
 
 def _check_equal(original: nn.Module, ours: nn.Module, path: Path) -> None:
     """Compares what both make of noise; no setting of the original may get lost on the way."""
-    if isinstance(original, SSASTPretraining):
+    if isinstance(original, _PRETRAINING):
         return
     frames = getattr(original, "input_frames", 512)
     noise = torch.randn(1, frames, original.geometry.num_mels, generator=torch.Generator())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -70,13 +70,15 @@ class Score:
 class _Part(NamedTuple):
     """What one rank has computed: a row of ids, logits and targets per clip, and sums.
 
-    Without classes, there are no logits; ``sums`` are over the clips.
+    Without classes, there are no logits; ``sums`` are over what ``weight`` counts, which is clips
+    unless the method says otherwise.
     """
 
     ids: Tensor
     logits: Tensor
     targets: Tensor
     sums: dict[str, float]
+    weight: int
     tokens: int
     left_out: tuple[LeftOut, ...]
 
@@ -123,6 +125,12 @@ def evaluate(
         return _score(ranks.gather(part), tuple(loader.dataset.left_out))
 
 
+def loss_weight_of(method: nn.Module) -> Callable[[Batch], int]:
+    """What a batch counts for in a mean of the method's loss: its clips, unless the method says
+    otherwise."""
+    return getattr(method, "loss_weight", lambda batch: batch.num_clips)
+
+
 def _run(
     method: nn.Module,
     loader: PackedLoader,
@@ -132,7 +140,8 @@ def _run(
 ) -> _Part:
     ids, logits, targets = [torch.empty(0, dtype=torch.int64)], [], []
     sums: dict[str, Tensor] = {}
-    tokens, left_out = 0, ()
+    tokens, weight, left_out = 0, 0, ()
+    weigh = loss_weight_of(method)
     with progress_bar(title, loader.num_batches(0), "batches") as advance:
         for batch in loader.epoch(0):
             real = (batch.clip_ids >= 0).nonzero()[:, 0]
@@ -140,6 +149,7 @@ def _run(
             left_out += tuple(batch.left_out)
             ids.append(batch.clip_ids[real])
             targets.append(batch.targets[real])
+            weight += weigh(batch)
             batch = batch.to(device, non_blocking=True)
             out = method(batch) if rolls == 1 else _rolled(method, batch, rolls)
             # The logits stay on the device until the end, so that no batch waits for it.
@@ -155,6 +165,7 @@ def _run(
         torch.cat(logits).cpu() if logits else torch.empty(0),
         torch.cat(targets) if targets else torch.empty(0),
         {name: value.item() for name, value in sums.items()},
+        weight,
         tokens,
         left_out,
     )
@@ -185,8 +196,10 @@ def _score(parts: Sequence[_Part], left_out: tuple[LeftOut, ...]) -> Score:
         raise ValueError(f"there is no clip to evaluate; {len(left_out)} were left out")
     ids = torch.cat([part.ids for part in parts])
     order = torch.from_numpy(np.unique(ids.numpy(), return_index=True)[1])
+    weight = sum(part.weight for part in parts)
     means = {
-        name: math.fsum(part.sums[name] for part in parts) / len(ids) for name in parts[0].sums
+        name: math.fsum(part.sums[name] for part in parts) / max(weight, 1)
+        for name in parts[0].sums
     }
     loss, metrics, per_class = means.pop("loss"), means, []
     if parts[0].logits.ndim == 2:

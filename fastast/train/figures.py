@@ -7,6 +7,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # files only; no display is needed
 
@@ -18,6 +19,7 @@ from fastast.train.curves import AXES, Curves, axes_of, metric_of, place_of  # n
 if TYPE_CHECKING:
     from fastast.train.features import Features
     from fastast.train.metrics import ClassScore
+    from fastast.train.reconstruct import Reconstruction
     from fastast.train.timeline import Timeline
 
 _MOST_BARS = 60
@@ -109,6 +111,39 @@ def plot_features(features: Sequence[Features], path: str | PathLike) -> None:
         axis.set_ylabel("mel bin")
         figure.colorbar(image, ax=axis, pad=0.01, label="log mel")
     axes[-1, 0].set_xlabel("time (s)")
+    _save(figure, path, dpi=100)
+
+
+def plot_reconstructions(
+    features: Features, made: Sequence[Reconstruction], path: str | PathLike
+) -> None:
+    """What was there, what was left of it, and what was restored; a row for each kind of mask
+    (Audio-MAE, figure 6).
+
+    Args:
+        features: of the file.
+        made: of it.
+        path: of the image.
+    """
+    frames, mels = features.frames.shape
+    extent = (0, frames * features.frame_shift_ms / 1000, 0, mels)
+    scale = {"vmin": float(features.frames.min()), "vmax": float(features.frames.max())}
+    figure, axes = plt.subplots(
+        len(made), 3, figsize=(12, 0.6 + 1.8 * len(made)), squeeze=False, sharex=True, sharey=True
+    )
+    for row, each in zip(axes, made, strict=True):
+        panels = {
+            "original": features.frames,
+            f"{each.masking}: {100 * each.hidden.float().mean():.0f} % masked": each.masked,
+            f"restored, mean squared error {each.error:.3f}": each.restored,
+        }
+        for axis, (title, image) in zip(row, panels.items(), strict=True):
+            options = {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}
+            axis.imshow(np.asarray(image).T, cmap="magma", extent=extent, **options, **scale)
+            axis.set_title(title, fontsize=8, loc="left")
+        row[0].set_ylabel("mel bin")
+    for axis in axes[-1]:
+        axis.set_xlabel("time (s)")
     _save(figure, path, dpi=100)
 
 

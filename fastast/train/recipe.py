@@ -174,6 +174,8 @@ class AugmentConfig:
         noise: most uniform noise added to spectrograms (AST on Speech Commands: 0.1).
         roll_frames: roll the spectrogram by up to this many frames either way.
         token_drop: share of tokens dropped (ElasticAST's code: 0.1; its paper: 0).
+        time_drop, freq_drop: share of a clip's times and of its frequencies whose tokens are all
+            dropped (Audio-MAE's fine-tuning: 0.3 each; its code: 0.2).
         patch_sizes: of which every step draws one, for models whose patches may have any size
             (FlexiAST): mel bins and frames, or one number for both. Batches are packed for
             whichever gives the most tokens. Default: the model's own.
@@ -193,6 +195,8 @@ class AugmentConfig:
     noise: float = 0.0
     roll_frames: int = 0
     token_drop: float = 0.0
+    time_drop: float = 0.0
+    freq_drop: float = 0.0
     patch_sizes: list[int | tuple[int, int]] | None = None
 
     def __post_init__(self) -> None:
@@ -215,7 +219,10 @@ class ModelConfig:
         image_size: frames of a row of HTS-AT's image; 128 at a frame shift of 40 ms is its coarse
             one.
         window: patches along the side of HTS-AT's windows.
-        drop_path: probability of dropping the last residual branches in training.
+        drop_path: probability of dropping the last residual branches in training, of HTS-AT and
+            Audio-MAE.
+        position_wrap: compute Audio-MAE's positions as its published code does; 64 for its
+            published weights.
         fit: how HTS-AT's image is filled, ``pad`` (its paper) or ``stretch`` (its code).
         input_frames: frames of the clips that the table of positions of FlexiAST and SSAST is made
             for; it is laid over any others. Where ``frontend.fixed_seconds`` is set, they are that
@@ -226,9 +233,10 @@ class ModelConfig:
             clip draws one in each epoch of training (ElasticAST, section 3.5), and evaluation takes
             the least.
         time_pooling: ``average`` or ``max``.
-        init: pre-trained weights to start from: a run directory, a ``model.safetensors``, or a
-            ``.pth`` as SSAST's authors publish it. Positions are adapted; FlexiAST's kernel is
-            resized, too, where it starts from a trained AST. For SSAST, AST and their kind.
+        init: pre-trained weights to start from: a run directory, a ``model.safetensors``, or a file
+            as others publish it: of SSAST, AST, or an ImageNet ViT or DeiT. Positions are adapted;
+            FlexiAST's kernel is resized, too, where it starts from a trained AST. Audio-MAE starts
+            from Audio-MAE, and HTS-AT from nothing.
     """
 
     name: str = "elastic_ast_tiny"
@@ -248,6 +256,7 @@ class ModelConfig:
     image_size: int | None = None
     window: int | None = None
     drop_path: float | None = None
+    position_wrap: int | None = None
     fit: Literal["pad", "stretch"] | None = None
     init: str | None = None
 
@@ -293,12 +302,126 @@ class SSASTConfig:
 
 
 @dataclass
+class AudioMAEConfig:
+    """Audio-MAE's pre-training, for ``train.method: audio_mae``. Defaults are the paper's.
+
+    Args:
+        masking: ``unstructured`` hides patches one by one, ``structured`` whole times and
+            frequencies.
+        mask_ratio: share of a clip's patches that is hidden, of ``unstructured`` masking.
+        time_ratio, freq_ratio: share of the times and of the frequencies, of ``structured``
+            masking; 0 hides none (the code's default: 0.7 and 0.3).
+        targets: restore patches ``normalised`` to mean 0 and deviation 1 each, or ``plain``, which
+            is what to look at and listen to.
+        average: the loss is the mean over ``clips``, or over hidden ``patches``, where longer clips
+            count for more.
+        attention: of the decoder: ``local`` to windows, ``global``, or ``hybrid``: local blocks and
+            then global ones.
+        decoder_dim, decoder_depth, decoder_heads: of the decoder. The default of the second is 16,
+            8 and 12 by kind of attention.
+        decoder_global: the global blocks of a hybrid decoder.
+        window: patches along the side of its windows.
+        shift: along which axes every second block displaces them by half: ``both`` (the paper),
+            ``time`` (the code) or ``none``.
+        bias_dropout: of the networks that make the windows' biases (the code: 0.1).
+    """
+
+    masking: Literal["unstructured", "structured"] = "unstructured"
+    mask_ratio: float = 0.8
+    time_ratio: float = 0.0
+    freq_ratio: float = 0.0
+    targets: Literal["normalised", "plain"] = "normalised"
+    average: Literal["clips", "patches"] = "clips"
+    attention: Literal["local", "global", "hybrid"] = "local"
+    decoder_dim: int = 512
+    decoder_depth: int | None = None
+    decoder_heads: int = 16
+    decoder_global: int = 4
+    window: int = 4
+    shift: Literal["both", "time", "none"] = "both"
+    bias_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choices(self, "audio_mae")
+        structured = self.time_ratio or self.freq_ratio
+        if self.masking == "structured" and not structured:
+            raise ValueError(
+                "audio_mae.masking is structured: set audio_mae.time_ratio or audio_mae.freq_ratio"
+            )
+        if self.masking == "unstructured" and structured:
+            raise ValueError(
+                "audio_mae.time_ratio and audio_mae.freq_ratio are of structured masking: set "
+                "audio_mae.masking to structured, or leave them out"
+            )
+
+
+@dataclass
+class ASiTConfig:
+    """ASiT's pre-training, for ``train.method: asit``. Defaults are the paper's.
+
+    Its two views of a clip are parts of it as ``augment.crop`` says. Each counts as a clip in
+    ``train.batch_clips`` and in the log.
+
+    Args:
+        ratio: share of a view's pixels that is replaced by zeros, or lowest and highest (the code:
+            0.5 and 0.7).
+        alien_share: share of the views in which blocks of another clip are pasted instead.
+        alien_ratio: share of their pixels that is.
+        align: replaced blocks begin and end at multiples of so many mel bins and frames.
+        reconstruction_weight: of the loss on pixels (the code: 2).
+        local_weight: of the loss between patches.
+        global_weight: of the loss between views.
+        local_tokens: patches that the local loss counts: ``corrupted`` ones, or ``all`` (the code).
+        hidden: width of the hidden layers of heads and decoder.
+        bottleneck: width of what follows them.
+        local_classes: that patches are assigned to.
+        global_classes: that views are assigned to.
+        student_temp: temperature of the student.
+        teacher_temp: temperature of the teacher.
+        first_teacher_temp: the teacher's in the first epoch, if it rises.
+        teacher_temp_epochs: epochs in which it rises (the code: 30); 1 is not at all.
+        momentum: of the teacher at the beginning.
+        momentum_end: at the end, reached along a half cosine.
+        center_momentum: of the centres.
+        heads_as_code: one head for patches and views but for the last layer, and a narrower
+            decoder. The code's attention heads are ``model.num_heads`` of 64 channels each.
+    """
+
+    ratio: float | tuple[float, float] = 0.7
+    alien_share: float = 0.5
+    alien_ratio: float = 0.3
+    align: tuple[int, int] = (1, 1)
+    reconstruction_weight: float = 1.0
+    local_weight: float = 1.0
+    global_weight: float = 1.0
+    local_tokens: Literal["corrupted", "all"] = "corrupted"
+    hidden: int = 2048
+    bottleneck: int = 256
+    local_classes: int = 1024
+    global_classes: int = 8192
+    student_temp: float = 0.1
+    teacher_temp: float = 0.07
+    first_teacher_temp: float = 0.04
+    teacher_temp_epochs: int = 1
+    momentum: float = 0.996
+    momentum_end: float = 1.0
+    center_momentum: float = 0.9
+    heads_as_code: bool = False
+
+    def __post_init__(self) -> None:
+        check_choices(self, "asit")
+        self.align = tuple(self.align)  # YAML has lists
+        if not isinstance(self.ratio, int | float):
+            self.ratio = tuple(self.ratio)
+
+
+@dataclass
 class TrainConfig:
     """The run.
 
     Args:
         method: what is learnt: the clips' classes (``supervised``), or, without labels, masked
-            patches (``ssast``).
+            patches (``ssast``, ``audio_mae``), or what a teacher makes of whole views (``asit``).
         epochs: passes over the training clips.
         max_steps: stop after this many optimiser steps, if sooner.
         max_tokens: stop after this many tokens have been seen, if sooner.
@@ -333,7 +456,7 @@ class TrainConfig:
         log_clips: log which clips each step has seen.
     """
 
-    method: Literal["supervised", "ssast"] = "supervised"
+    method: Literal["supervised", "ssast", "audio_mae", "asit"] = "supervised"
     epochs: int = 20
     max_steps: int | None = None
     max_tokens: int | None = None
@@ -466,6 +589,8 @@ class Recipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     ssast: SSASTConfig = field(default_factory=SSASTConfig)
+    audio_mae: AudioMAEConfig = field(default_factory=AudioMAEConfig)
+    asit: ASiTConfig = field(default_factory=ASiTConfig)
     phases: list[PhaseConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:

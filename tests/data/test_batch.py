@@ -9,7 +9,7 @@ from fastast import TokenBudget
 from fastast.data import BatchBudget, Clip, collate
 from fastast.nn.mel_filterbank import MelFilterbank
 from fastast.ops import Framing, Padding
-from fastast.tokens import PatchGeometry, patchify, random_keep
+from fastast.tokens import PatchGeometry, StructuredMask, UnstructuredMask, kept_lists, patchify
 from tests.data.helpers import RATE, tensors
 
 WINDOW = 200
@@ -188,7 +188,7 @@ def test_dense_frames(fixed):
 @given(
     lengths=st.lists(st.integers(0, 20000), min_size=1, max_size=12),
     shifts=st.lists(st.sampled_from([40, 80, 96, 200, 320]), min_size=12, max_size=12),
-    drop=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
+    drop=st.sampled_from([None, *map(UnstructuredMask, (0.1, 0.5, 0.9)), StructuredMask(0.3, 0.3)]),
     step=st.sampled_from([5, 8, 11]),
     prefix=st.integers(0, 2),
     padding=st.sampled_from(Padding),
@@ -201,8 +201,9 @@ def test_budget_holds_whatever_fits_its_tokens(lengths, shifts, drop, step, pref
     for index, (samples, shift) in enumerate(zip(lengths, shifts, strict=False)):
         least = int(framing.least_samples(geometry.min_frames(), shift))
         frames = int(framing.num_frames(max(samples, least), shift))
-        patches = geometry.freq_patches * geometry.time_patches(frames)
-        keep = random_keep([patches], drop, 0, 0, [index])[0] if drop else None
+        times, keep = geometry.time_patches(frames), None
+        if drop is not None:
+            (keep,) = kept_lists(drop, geometry, [times], [index], seed=0, epoch=0)
         clips.append(clip(samples, index, shift, keep))
     exact = pack(clips, geometry, framing=framing)
     tokens = exact.grid.segments.lengths
@@ -211,11 +212,11 @@ def test_budget_holds_whatever_fits_its_tokens(lengths, shifts, drop, step, pref
         geometry,
         framing=framing,
         max_frame_shift=max(shifts[: len(clips)]),
-        token_drop=drop,
+        drop=drop,
     )
     batch = pack(clips, geometry, framing=framing, budget=budget)  # raises if a stream does not fit
     assert torch.equal(batch.grid.first_frame, exact.grid.first_frame)
-    if not drop:  # nothing but the frames after each clip's last patch is spare
+    if drop is None:  # nothing but the frames after each clip's last patch is spare
         spare = budget.frames.tokens - int(exact.frames.lengths.sum())
         assert spare <= len(clips) * (8 * pool - 1 + step * pool)
 

@@ -54,6 +54,7 @@ def test_original_ours_original(shared_dir, name):
 
 SMALL = {"dim": 64, "depth": 2, "num_heads": 1}
 OURS = {
+    "audio_mae": lambda: create_model("audio_mae_tiny", 5, **SMALL),
     "ast": lambda: create_model("ast_tiny", 5, input_frames=200, **SMALL),
     "elastic_ast": lambda: create_model("elastic_ast_tiny", 5, **SMALL),
     "flexi_ast": lambda: create_model("flexi_ast_tiny", 5, input_frames=208, **SMALL),
@@ -86,6 +87,22 @@ def test_pretraining_round_trip():
     model = create_pretraining_model("ssast_patch_tiny", input_frames=160, **SMALL)
     back = from_reference(to_reference(model), "ssast").state_dict()
     assert all(torch.equal(value, back[key]) for key, value in model.state_dict().items())
+
+
+def test_autoencoder_round_trip():
+    kinds = [{"attention": "local", "shift": "time", "decoder_heads": 2}, {"attention": "global"}]
+    size = {"decoder_dim": 32, "decoder_depth": 2}
+    for kind in kinds:
+        model = create_pretraining_model("audio_mae_tiny", **kind, **size, **SMALL)
+        back = from_reference(to_reference(model), "audio_mae").state_dict()
+        assert all(torch.equal(value, back[key]) for key, value in model.state_dict().items())
+    for kind, message in (
+        ({"attention": "hybrid", "decoder_global": 1}, "no hybrid decoder"),
+        ({"attention": "local"}, r"this has 4, shifted by \(2, 2\)"),
+    ):
+        model = create_pretraining_model("audio_mae_tiny", **kind, **size, **SMALL)
+        with pytest.raises(ValueError, match=message):
+            to_reference(model)
 
 
 def test_families_that_do_not_fit():

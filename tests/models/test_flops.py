@@ -20,6 +20,7 @@ SIZE = {"num_mels": 32, "patch_size": (16, 8), "dim": 48, "depth": 3, "num_heads
         ("ast_tiny", {"input_frames": 64, "stride": (16, 8)}),
         ("flexi_ast_tiny", {"input_frames": 64}),
         ("ssast_patch_tiny", {"input_frames": 64, "stride": (8, 8)}),
+        ("audio_mae_tiny", {}),
         ("elastic_ast_tiny", {}),
         ("elastic_ast_tiny", {"pool": "mean"}),
     ],

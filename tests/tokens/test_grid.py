@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastast import Segments, Spectrograms, TokenBudget
-from fastast.tokens import PatchGeometry, patchify, random_keep
+from fastast.tokens import PatchGeometry, kept_patches, patchify
 from tests.testing import ragged
 
 PATCHES = {
@@ -332,35 +332,6 @@ def test_wrong_frames_say_so(shape):
 @pytest.mark.parametrize(
     "patches, drop, kept", [(100, 0.1, 90), (10, 0.25, 7), (64, 0.0, 64), (5, 0.99, 1), (0, 0.5, 0)]
 )
-def test_random_keep_counts(patches, drop, kept):
-    (places,) = random_keep([patches], drop, seed=0, epoch=0, clips=[3])
-    assert len(places) == kept
-    assert (np.diff(places) > 0).all()
-    assert set(places) <= set(range(patches))
-
-
-def test_random_keep_depends_on_its_keys_alone():
-    keys = {"seed": 1, "epoch": 2, "clips": [3]}
-    (first,) = random_keep([100], 0.5, **keys)
-    for name in keys:
-        other = {"clips": [9]} if name == "clips" else {name: 9}
-        assert not np.array_equal(first, random_keep([100], 0.5, **(keys | other))[0])
-    # Whatever else is in the batch.
-    several = random_keep([7, 100, 300, 0], 0.5, seed=1, epoch=2, clips=[5, 3, 4, 6])
-    assert np.array_equal(first, several[1])
-    assert [len(kept) for kept in several] == [3, 50, 150, 0]
-    assert random_keep([], 0.5, 1, 2, []) == []
-
-
-def test_random_keep_is_uniform():
-    patches, clips = 20, 2000
-    counts = np.zeros(patches)
-    pairs = np.zeros((patches, patches))
-    for kept in random_keep([patches] * clips, 0.5, seed=0, epoch=0, clips=range(clips)):
-        counts[kept] += 1
-        pairs[np.ix_(kept, kept)] += 1
-    # Each patch half of the time, and each pair 10 * 9 / (20 * 19) of it: within 5 sigma.
-    assert (abs(counts - clips / 2) < 5 * (clips / 4) ** 0.5).all()
-    share = 9 / 38
-    off_diagonal = pairs[~np.eye(patches, dtype=bool)]
-    assert (abs(off_diagonal - clips * share) < 5 * (clips * share * (1 - share)) ** 0.5).all()
+def test_kept_patches(patches, drop, kept):
+    assert kept_patches(patches, drop) == kept
+    assert kept_patches(np.array([patches]), drop).tolist() == [kept]

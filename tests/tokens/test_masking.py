@@ -11,7 +11,7 @@ from fastast.tokens import (
     PatchGeometry,
     StructuredMask,
     UnstructuredMask,
-    random_keep,
+    kept_lists,
 )
 from fastast.tokens.cover import cover_rank
 
@@ -125,11 +125,25 @@ def test_keys(mask):
     assert torch.equal(first, again)
 
 
-def test_unstructured_draws_are_those_of_keep_lists():
-    clips, _ = masked_patches(UnstructuredMask(0.3), FRAMES)
-    patches = [clip.numel() for clip in clips]
-    for clip, keep in zip(clips, random_keep(patches, 0.3, **KEYS, clips=ids(7)), strict=True):
+@every_mask
+def test_draws_are_those_of_keep_lists(mask):
+    clips, _ = masked_patches(mask, FRAMES)
+    times = [clip.shape[1] for clip in clips]
+    # Prefix rows and pooling have no part in it.
+    geometry = PatchGeometry(128, (16, 16), prefix=2, time_pool=2)
+    lists = kept_lists(mask, geometry, times, ids(7), **KEYS)
+    for clip, keep in zip(clips, lists, strict=True):
         assert np.array_equal((~clip.flatten()).nonzero().flatten(), keep)
+    assert kept_lists(mask, geometry, [], [], **KEYS) == []
+
+
+@every_mask
+def test_most_times_is_a_bound(mask):
+    times = np.arange(1, 200)
+    kept = mask.num_kept(8, times)
+    assert all(mask.most_times(8, k, 1) >= t for k, t in zip(kept.tolist(), times, strict=True))
+    assert mask.most_times(8, int(kept.sum()), len(times)) >= times.sum()
+    assert mask.most_times(8, int(kept[-1]), 1) < 1.1 * times[-1]
 
 
 def test_structured_masks_are_whole_rows_and_columns():

@@ -156,7 +156,7 @@ def test_sines_and_cosines():
         f, t = torch.meshgrid(torch.arange(FREQ), torch.arange(width), indexing="ij")
         f, t = (place.flatten()[:, None] * rates for place in (f, t))
         expected = torch.cat([f.sin(), f.cos(), t.sin(), t.cos()], 1)
-        torch.testing.assert_close(clip.double(), expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(clip.double(), expected, rtol=0, atol=1e-7)
 
 
 def test_sines_and_cosines_have_no_state():

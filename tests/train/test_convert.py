@@ -2,6 +2,7 @@
 
 import json
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ MODELS = {
     "ast": lambda: create_model("ast_tiny", 4, input_frames=160, **SMALL),
     "elastic_ast": lambda: create_model("elastic_ast_tiny", 4, max_time_patches=12, **SMALL),
     "flexi_ast": lambda: create_model("flexi_ast_tiny", 4, input_frames=160, **SMALL),
+    "audio_mae": lambda: create_model("audio_mae_tiny", 4, position_wrap=64, **SMALL),
     "hts_at": lambda: create_model(
         "hts_at_tiny", 4, dim=16, depths=(1,) * 4, num_heads=(1,) * 4, fit="stretch"
     ),
@@ -44,6 +46,8 @@ def test_a_converted_run_is_the_original(published, tmp_path, family):
     path = published(family)
     options = {} if family == "hts_at" else STATISTICS
     config = {"stride": (10, 10)} if family == "ast" else {}
+    if family == "audio_mae":  # which has the keys of a ViT
+        options = options | {"family": family}
     _, notes = convert(path, tmp_path / "run", config=config, accept_license=True, **options)
     assert notes["family"] == family
     method, recipe, names = load_model(tmp_path / "run")
@@ -62,6 +66,26 @@ def test_a_converted_run_is_the_original(published, tmp_path, family):
     before = torch.load(path, weights_only=True)
     assert back.keys() == before.keys()
     assert all(torch.equal(back[key], value) for key, value in before.items())
+
+
+def test_an_autoencoder_starts_other_runs(tmp_path):
+    from fastast.train.init import start_from
+
+    kind = {"position_wrap": 64, "attention": "global", "decoder_dim": 32, "decoder_depth": 1}
+    model = create_pretraining_model("audio_mae_tiny", **kind, **SMALL)
+    # As published: beside the command line, under "model".
+    file = {"model": to_reference(model), "args": Namespace(epochs=33)}
+    torch.save(file, tmp_path / "mae.pth")
+    with pytest.raises(ValueError, match="pass --accept-license"):
+        convert(tmp_path / "mae.pth", tmp_path / "run")
+    recipe, _ = convert(tmp_path / "mae.pth", tmp_path / "run", accept_license=True)
+    assert recipe.train.method == "audio_mae" and recipe.audio_mae.attention == "global"
+    found = load_model(tmp_path / "run")[0].model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
+    for source in ("run", "mae.pth"):
+        fine = create_model("audio_mae_tiny", 3, position_wrap=64, **SMALL)
+        start_from(fine, "audio_mae_tiny", tmp_path / source)
+        assert torch.equal(fine.patch_embed.proj.weight, model.patch_embed.proj.weight)
 
 
 def test_pretraining_starts_other_runs(tmp_path):
