@@ -10,7 +10,14 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from bench import peak
-from bench.cases import mel_filterbank, mel_memory, packed_attention, segment_pool
+from bench.cases import (
+    info_nce,
+    mel_filterbank,
+    mel_memory,
+    op_memory,
+    packed_attention,
+    segment_pool,
+)
 from bench.cases.lengths import GPU_LENGTHS, GPU_TOKENS, segment_lengths
 from bench.clock import CpuClock
 from bench.peers import streams
@@ -135,6 +142,28 @@ def test_a_clip_s_memory_is_measured_in_processes_of_their_own(monkeypatch):
     monkeypatch.setattr(peak, "PROCESSES", 1)
     # The frames are 0.5 MiB, of which the system may not count all.
     assert 0 < work.contenders[0].peak_bytes() < 2**22
+
+
+def test_an_operation_s_memory_is_measured_in_processes_of_their_own(monkeypatch):
+    found = [case for _, case in find("memory", Settings(CPU), "operations")]
+    assert [f"ops/{case.name}" for case in found] == list(op_memory.CASES)
+    assert not list(find("memory", Settings(GPU), "operations"))
+    (case,) = (case for case in found if "length 16" in case.name)
+    work = case.build()
+    assert [each.name for each in work.contenders] == ["fastast", "padded SDPA", "masked rows"]
+    assert all(each.step is None and each.peak_bytes for each in work.contenders)
+    monkeypatch.setattr(peak, "PROCESSES", 1)
+    # The output and three gradients of 4,096 rows of 192 numbers are 12 MiB.
+    assert 2**23 < work.contenders[0].peak_bytes() < 2**26
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_contrasts_agree(backward):
+    rows = measured(partial(info_nce._build, CPU, torch.float32, 2, backward))
+    assert list(rows) == ["fastast", "gathered", "loop"]
+    assert all(row["error"] < 1e-5 for row in rows.values())
+    if backward:
+        assert rows["fastast"]["saved_bytes"] < 2**14 < rows["gathered"]["saved_bytes"]
 
 
 def test_the_filterbank_s_reference_takes_some_clips_at_a_time(monkeypatch):

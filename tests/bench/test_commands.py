@@ -12,7 +12,7 @@ import torch
 
 from bench import profile, sanitize, stages
 from bench.__main__ import main
-from bench.cases import packed_attention
+from bench.cases import op_memory, packed_attention
 from bench.peers.attention import sdpa_attention
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +68,7 @@ def test_list_measures_nothing(tmp_path, capsys):
     assert main(["e2e", "memory", "--list", "--device", "cpu", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "e2e/elastic_ast mixed resolutions, 12 clips [tiny, float32]"
-    assert len(lines) == 5
+    assert len(lines) == 5 + len(op_memory.CASES)
     assert "memory/mel_filterbank one clip of 10 s, warm [tiny, float32]" in lines
     assert not list(tmp_path.iterdir())
 

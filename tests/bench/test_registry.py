@@ -21,6 +21,7 @@ def test_the_three_groups_are_registered():
     assert set(BENCHMARKS) == {
         "ops/distillation",
         "ops/corruption",
+        "ops/info_nce",
         "ops/masking",
         "ops/mel_filterbank",
         "ops/packed_attention",
@@ -30,6 +31,7 @@ def test_the_three_groups_are_registered():
         "e2e/elastic_ast",
         "memory/elastic_ast",
         "memory/mel_filterbank",
+        "memory/operations",
     }
 
 
