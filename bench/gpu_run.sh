@@ -58,7 +58,7 @@ profile() {
     tool=$(command -v ncu || echo /usr/local/cuda/bin/ncu)
     report=$(mktemp -d)/report
     if ! timeout 300 "$tool" --clock-control none --profile-from-start off --set full \
-        --kernel-name 'regex:forward|backward|pool_|_kernel' -o "$report" \
+        --kernel-name 'regex:forward|backward|pool_|fold_|_kernel' -o "$report" \
         "$PYTHON" -m bench.profile || [[ ! -f $report.ncu-rep ]]; then
         echo "ncu does not run here: $tool"
         return 5

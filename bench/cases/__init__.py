@@ -3,6 +3,7 @@
 from bench.cases import (
     distillation,
     elastic_ast,
+    info_nce,
     masking,
     mel_filterbank,
     mel_memory,
@@ -18,6 +19,7 @@ __all__ = [
     "TRUNK_SIZES",
     "distillation",
     "elastic_ast",
+    "info_nce",
     "masking",
     "mel_filterbank",
     "mel_memory",

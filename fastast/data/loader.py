@@ -187,6 +187,7 @@ class _BatchMaker:
         self.mixing = planner.mixup is not None
         self.mix_targets = planner.mixup is not None and planner.mixup.targets
         self.shortest_shift = int(planner.frame_shifts.min())
+        self.views = planner.views
         self.sizes = sizes
         self.skip_bad = bad_files == "skip"
 
@@ -199,7 +200,7 @@ class _BatchMaker:
             return error
         clips = [clip for clip in found if clip is not None]
         return collate(
-            clips or [self._filler()],
+            clips or [self._filler()] * self.views,
             order.geometry,
             framing=self.framing,
             sample_rate=self.dataset.sample_rate,

@@ -9,7 +9,7 @@ rank knows what the others do without asking.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -170,13 +170,15 @@ class Planner:
             (Audio-MAE's fine-tuning). Packing counts the patches that remain.
         mixup: which clips to mix; default none.
         sampler: which clips an epoch visits, and whether in order.
+        views: parts of each visit, with random numbers of their own, which stand side by side in
+            one batch (ASiT: 2). Each counts as a clip.
         packing: how they are dealt out. Within a batch clips stand in order of their token count,
             longest first, so that equal lengths adjoin and can be computed together.
         seed: of all draws.
 
     Raises:
         ValueError: an argument out of range, or a clip that is longer than ``budget.max_length``
-            at its finest resolution.
+            at its finest resolution, or whose views do not fit one batch.
     """
 
     def __init__(
@@ -195,6 +197,7 @@ class Planner:
         token_drop: float | Mask = 0.0,
         mixup: Mixup | None = None,
         sampler: Sampler | None = None,
+        views: int = 1,
         packing: Packing | None = None,
         seed: int = 0,
     ) -> None:
@@ -207,6 +210,7 @@ class Planner:
         self.dense_frames = dense_frames
         self.mixup = mixup
         self.sampler = sampler or Sampler()
+        self.views = views
         self.packing = packing or Packing()
         self.seed = seed
         if isinstance(token_drop, int | float):
@@ -214,6 +218,10 @@ class Planner:
                 raise ValueError(f"token_drop must lie in [0, 1), got {token_drop}")
             token_drop = UnstructuredMask(token_drop) if token_drop else None
         self.drop: Mask | None = token_drop
+        if not 1 <= views <= budget.clips:
+            raise ValueError(
+                f"views must lie in [1, {budget.clips}], the clips of a batch, got {views}"
+            )
         if max_seconds is not None and max_seconds <= 0:
             raise ValueError(f"max_seconds must be positive, got {max_seconds}")
         least = max(each.min_frames() for each in self.geometries)
@@ -228,6 +236,8 @@ class Planner:
         self.time_pools = np.array(time_pools, np.int64) if len(time_pools) else None
         if dense_frames is not None:
             self.budget = self._dense_budget(budget, dense_frames)
+        whole_visits = self.budget.clips - self.budget.clips % views
+        self.budget = replace(self.budget, clips=whole_visits)
         self._check_longest()
         self._last: EpochPlan | None = None
 
@@ -277,7 +287,7 @@ class Planner:
         return TokenBudget(self.budget.clips * length, self.budget.clips, length)
 
     def _make(self, epoch: int) -> EpochPlan:
-        visits = self.sampler.draw(self.dataset, self.seed, epoch)
+        visits = self.sampler.draw(self.dataset, self.seed, epoch).views(self.views)
         keys = torch.from_numpy(visits.keys)
         choice = random_below(self.seed, epoch, keys, "resolution", len(self.frame_shifts))
         frame_shift = self.frame_shifts[choice.numpy()]
@@ -329,12 +339,13 @@ class Planner:
         return random_below(self.seed, epoch, steps, "patch size", count).tolist()
 
     def _deal(self, tokens: np.ndarray, epoch: int) -> list[np.ndarray]:
-        """Visits of each batch, longest first."""
-        group = self.packing.group
+        """Visits of each batch, longest first; the views of a clip side by side."""
+        group, views = self.packing.group, np.arange(self.views)
+        tokens = tokens.reshape(-1, self.views).sum(1)
         bin_of = pack(
             tokens,
             self.budget.tokens,
-            self.budget.clips,
+            self.budget.clips // self.views,
             strategy=self.packing.strategy,
             window=self.packing.window,
             group=group,
@@ -343,6 +354,7 @@ class Planner:
         by_bin = np.lexsort((np.arange(len(tokens)), -tokens, bin_of))
         ends = np.cumsum(np.bincount(bin_of, minlength=num_steps * group))
         bins = np.split(by_bin, ends[:-1])
+        bins = [(self.views * clips[:, None] + views).flatten() for clips in bins]
         if self.sampler.shuffle:
             # The packers make batches of long clips and batches of short ones, in order.
             places = random_bits(self.seed, epoch, torch.arange(num_steps), "steps", 1)[:, 0]
@@ -414,9 +426,10 @@ class Planner:
             0,
         )
         worst = int(tokens.argmax())
-        if tokens[worst] > self.budget.max_length:
+        limit = min(self.budget.max_length, self.budget.tokens // self.views)
+        if tokens[worst] > limit:
+            each = "" if self.views == 1 else f" for each of {self.views} views"
             raise ValueError(
                 f"{self.dataset.paths[worst]} has {tokens[worst]} tokens but the budget allows "
-                f"{self.budget.max_length}; raise TokenBudget.max_length, or cut clips with "
-                "max_seconds"
+                f"{limit}{each}; raise TokenBudget.max_length, or cut clips with max_seconds"
             )

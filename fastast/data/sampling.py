@@ -18,6 +18,9 @@ from fastast.random import random_below, random_beta, random_bits, random_unifor
 OCCURRENCE = 1 << 40
 """A clip that is visited k times in an epoch draws as clip_id, clip_id + OCCURRENCE, ..."""
 
+VIEW = 1 << 50
+"""The first, second, ... view of a visit draws as its key, its key + VIEW, ..."""
+
 Balance = Literal["none", "with_replacement", "without_replacement"]
 
 
@@ -32,6 +35,11 @@ class Visits:
 
     rows: np.ndarray
     keys: np.ndarray
+
+    def views(self, count: int) -> Visits:
+        """The same with so many views of each, side by side."""
+        keys = self.keys[:, None] + VIEW * np.arange(count)
+        return Visits(np.repeat(self.rows, count), keys.flatten())
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from torch import Tensor
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 """Of files that may hold weights."""
 
-_WRAPPINGS = ("state_dict", "model", "model_state")
+_WRAPPINGS = ("state_dict", "model", "model_state", "teacher")
 """Under which the weights lie in checkpoints that hold more: Lightning, DeiT and its descendants,
-ElasticAST."""
+ElasticAST, ASiT (whose teacher is what to fine-tune)."""
 
 # The first whose keys are all there. Some have the keys of another, and more.
 _SIGNATURES = {
@@ -28,6 +28,7 @@ _SIGNATURES = {
     "elastic_ast": ("pos_embed_freq", "patch_embed.0.weight"),
     "flexi_ast": ("pos_embed.pos_embed", "patch_embed.proj.weight"),
     "ssast": ("mask_embed", "v.pos_embed"),
+    "asit": ("backbone.cls_token", "head_cls.mlp.0.weight", "head_recons.convTrans.weight"),
     "ast": ("v.pos_embed", "mlp_head.1.weight"),
     "transformers": (
         "audio_spectrogram_transformer.embeddings.position_embeddings",

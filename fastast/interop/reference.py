@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from fastast.interop import (
+    asit,
     ast,
     audio_mae,
     elastic_ast,
@@ -20,6 +21,7 @@ from fastast.models import (
     AST,
     HTSAT,
     SSAST,
+    ASiTPretraining,
     AudioMAE,
     AudioMAEPretraining,
     ElasticAST,
@@ -28,6 +30,7 @@ from fastast.models import (
 )
 
 _CONVERTERS: dict[str, Callable[[dict[str, Tensor], dict], nn.Module]] = {
+    "asit": asit.from_state_dict,
     "ast": ast.from_state_dict,
     "audio_mae": audio_mae.from_state_dict,
     "elastic_ast": elastic_ast.from_state_dict,
@@ -39,6 +42,7 @@ _CONVERTERS: dict[str, Callable[[dict[str, Tensor], dict], nn.Module]] = {
 }
 _INVERSES: dict[type[nn.Module], tuple[str, Callable[[nn.Module], dict[str, Tensor]]]] = {
     AST: ("ast", ast.to_state_dict),
+    ASiTPretraining: ("asit", asit.to_state_dict),
     AudioMAE: ("audio_mae", audio_mae.to_state_dict),
     AudioMAEPretraining: ("audio_mae", audio_mae.to_state_dict),
     ElasticAST: ("elastic_ast", elastic_ast.to_state_dict),
@@ -58,7 +62,7 @@ def from_reference(
         state_dict: as published; a leading ``module.`` of each key is ignored.
         family: ``"ast"`` (YuanGongND/ast), ``"ssast"`` (YuanGongND/ssast), ``"elastic_ast"``
             (JiuFengSC/ElasticAST), ``"flexi_ast"`` (JiuFengSC/FlexiAST_INTERSPEECH23),
-            ``"audio_mae"`` (facebookresearch/AudioMAE),
+            ``"audio_mae"`` (facebookresearch/AudioMAE), ``"asit"`` (Sara-Ahmed/ASiT),
             ``"hts_at"`` (RetroCirce/HTS-Audio-Transformer), ``"transformers"`` (Hugging Face's
             AST), or, of images and without a classifier, ``"vit"`` (timm's ViT and DeiT).
         config: what the keys cannot say, as the family's converter documents.

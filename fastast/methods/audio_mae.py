@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastast.methods.shares import clip_shares
+
 if TYPE_CHECKING:
     from fastast.data import Batch
     from fastast.models import AudioMAEPretraining
@@ -98,7 +100,7 @@ class MaskedReconstruction(nn.Module):
     def _row_weights(self, batch: Batch) -> Tensor:
         """What each hidden patch counts for: ``[hidden_rows]``; dead rows for nothing."""
         hidden = batch.grid.hidden
-        share = (batch.clip_ids >= 0) / batch.loss_denominator
+        share = clip_shares(batch)
         if self.average == "clips":
             share = share / hidden.lengths.clamp(min=1)
         return F.pad(share, (0, 1))[hidden.row_ids(batch.grid.hidden_rows)]

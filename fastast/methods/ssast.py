@@ -25,14 +25,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastast.methods.shares import row_shares
 from fastast.models.flops import Flops, linear, pairs
 from fastast.ops import info_nce
 from fastast.random import purpose_key
-from fastast.tokens import Mask, PatchGrid
+from fastast.tokens import Mask
 
 if TYPE_CHECKING:
     from fastast.data import Batch
@@ -108,7 +108,7 @@ class MaskedSpectrogramModeling(nn.Module):
         else:
             contrast = info_nce(targets, predictions, grid.segments, masked)
             found = contrast.found_query
-        weight = _row_weights(batch, masked)
+        weight = row_shares(batch, masked)
         discriminative = (contrast.loss * weight).sum()
         accuracy = (found * weight).sum()
 
@@ -117,7 +117,7 @@ class MaskedSpectrogramModeling(nn.Module):
             restored = self.model(spectrograms, masked, grid)
         generated = self.model.generate(restored.features).float()
         errors = F.mse_loss(generated, restored.patches.float(), reduction="none").mean(1)
-        generative = (errors * _row_weights(batch, masked)).sum()
+        generative = (errors * row_shares(batch, masked)).sum()
         return {
             "loss": discriminative + self.generative_weight * generative,
             "discriminative": discriminative.detach(),
@@ -149,15 +149,3 @@ class MaskedSpectrogramModeling(nn.Module):
         return self.mask(
             batch.grid, self.model.geometry, batch.clip_ids, seed=seed, epoch=batch.epoch
         )
-
-
-def _row_weights(batch: Batch, masked: Tensor) -> Tensor:
-    """What each row counts for: ``[rows]``. A clip's masked rows share its part of the loss."""
-    grid: PatchGrid = batch.grid
-    offsets = grid.segments.offsets.long()
-    up_to = F.pad(masked.cumsum(0), (1, 0))
-    count = up_to[offsets[1:]] - up_to[offsets[:-1]]
-    counted = (batch.clip_ids >= 0) & (count > 0)
-    share = counted / (count.clamp(min=1) * batch.loss_denominator)
-    clip = grid.segments.row_ids(grid.num_rows).clamp(max=share.shape[0] - 1)
-    return torch.where(masked, share[clip], 0)

@@ -1,5 +1,6 @@
 """Audio spectrogram transformers over packed streams."""
 
+from fastast.models.asit import ASiT, ASiTPretraining
 from fastast.models.ast import AST
 from fastast.models.audio_mae import AudioMAE, AudioMAEPretraining
 from fastast.models.elastic_ast import ElasticAST
@@ -12,6 +13,8 @@ __all__ = [
     "AST",
     "HTSAT",
     "SSAST",
+    "ASiT",
+    "ASiTPretraining",
     "AudioMAE",
     "AudioMAEPretraining",
     "ElasticAST",

@@ -154,10 +154,13 @@ class GridClassifier(GridViT):
                 and ``input_frames`` may be others.
 
         Raises:
-            ValueError: class tokens, patches or trunk of another number or size.
+            ValueError: class tokens, heads, patches or trunk of another number or size.
         """
         check_source(self, other)
         check_class_tokens(self, other)
+        own, theirs = (each.trunk.blocks[0].attn.num_heads for each in (self, other))
+        if own != theirs:
+            raise ValueError(f"num_heads ({own}) differs from the pre-trained {theirs}")
         weights = {
             name: value
             for name, value in other.state_dict().items()
@@ -184,7 +187,7 @@ def check_source(model: nn.Module, other: nn.Module) -> None:
     """Raises ValueError unless ``model`` can start from ``other``: a ViT with its patches."""
     if not isinstance(other, GridViT):
         raise ValueError(
-            f"{type(model).__name__} starts from a ViT, an AST or an SSAST, not from "
+            f"{type(model).__name__} starts from a ViT, an AST, an SSAST or an ASiT, not from "
             f"{type(other).__name__}"
         )
     own, theirs = model.geometry.patch_size, other.geometry.patch_size

@@ -13,6 +13,8 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from itertools import groupby
+from operator import sub
 from types import ModuleType
 from typing import NamedTuple
 
@@ -85,16 +87,20 @@ def equal_runs(host_offsets: Tensor) -> list[Run]:
     One kernel call serves a run, with no copy. Loaders put clips of equal length side by side
     for this.
     """
-    runs: list[Run] = []
     offsets = host_offsets.tolist()
-    for segment, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
-        length = end - begin
-        last = runs[-1] if runs else None
-        if last and last.length == length and last.segment + last.count == segment:
-            runs[-1] = last._replace(count=last.count + 1)
-        elif length:
-            runs.append(Run(segment, begin, 1, length))
+    runs: list[Run] = []
+    segment, row = 0, offsets[0]
+    for length, group in groupby(map(sub, offsets[1:], offsets)):
+        count = len(list(group))
+        if length:
+            runs.append(Run(segment, row, count, length))
+        segment, row = segment + count, row + count * length
     return runs
+
+
+def dense_channels(x: Tensor) -> Tensor:
+    """PyTorch's attention for CPUs takes neighbouring channels to be neighbours in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def check_stream(name: str, x: Tensor, segments: Segments) -> None:

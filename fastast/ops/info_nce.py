@@ -24,8 +24,9 @@ A row can be right in two ways: :math:`\mathrm{argmax}_j\, S_{ij} = i`, its quer
 :math:`\mathrm{argmax}_j\, P_{ji} = i`, its key finds its query among the probabilities. Both come
 with the loss, since the scores are there.
 
-There is no Triton kernel: on GPUs as on CPUs, PyTorch's own products take neighbouring segments of
-one length in one call, and wait for nothing.
+There is no Triton kernel. On a CPU the rows that take part are picked out and multiplied alone.
+Elsewhere the device alone knows which these are: there segments become squares of ``max_length``
+rows, in which the others have no score, so nothing waits and a captured graph serves every batch.
 
 Layouts: ``queries, keys [rows, dim]``, ``member [rows]``, ``loss [rows]``, ``found [2, rows]``.
 Rows that take no part, dead ones among them, are never read; their loss and gradients are zero.
@@ -45,7 +46,6 @@ from fastast.ops._library import (
     ANY_DEVICE,
     LIBRARY,
     SEGMENTS_SCHEMA,
-    Run,
     check_choice,
     check_rows,
     check_stream,
@@ -56,8 +56,9 @@ from fastast.segments import Segments
 
 BACKENDS = ("auto", "reference")
 
-SCORES = 2**24
-"""Scores held at a time, unless a single segment has more."""
+SCORES = {"cpu": 2**18}
+"""Scores held at a time, unless a single segment has more: on a CPU what fits into its cache,
+elsewhere 2**24."""
 
 
 class InfoNCE(NamedTuple):
@@ -154,66 +155,112 @@ def _compute_dtype(queries: Tensor, keys: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
 
 
-def _blocks(host_offsets: Tensor) -> Iterator[Run]:
-    """Neighbouring segments of one length, as many at a time as :data:`SCORES` allows."""
-    for run in equal_runs(host_offsets):
-        most = max(1, SCORES // run.length**2)
-        for first in range(0, run.count, most):
-            count = min(most, run.count - first)
-            yield Run(run.segment + first, run.row + first * run.length, count, run.length)
+def _squares(member: Tensor, offsets: Tensor, max_length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows ``[segments, max_length]`` of some segments at a time, and which of them take part.
+    A place behind a segment's end is the row behind the stream's."""
+    num_rows = len(member)
+    place = torch.arange(max_length, device=offsets.device)
+    most = max(1, SCORES.get(member.device.type, 2**24) // max_length**2)
+    for first, last in zip(offsets[:-1].split(most), offsets[1:].split(most), strict=True):
+        rows = first[:, None] + place
+        inside = rows < last[:, None]
+        yield torch.where(inside, rows, num_rows), inside & member[rows.clamp(max=num_rows - 1)]
 
 
 def _scores(
-    queries: Tensor, keys: Tensor, member: Tensor, run: Run
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys, members and scores of a run: ``[count, length, ...]``.
+    queries: Tensor, keys: Tensor, rows: Tensor, part: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and scores of squares: ``[segments, max_length, ...]``.
 
     Rows that take no part are zeros in the first two; as keys they have no score.
     """
-    dtype, shape = _compute_dtype(queries, keys), (run.count, run.length)
-    part = member[run.rows]
-    q, k = (
-        torch.where(part[:, None], x[run.rows], 0).to(dtype).unflatten(0, shape)
-        for x in (queries, keys)
-    )
-    part = part.unflatten(0, shape)
-    return q, k, part, (q @ k.mT).masked_fill_(~part[:, None], -torch.inf)
+    dtype, rows = _compute_dtype(queries, keys), rows.clamp(max=len(queries) - 1)
+    q, k = (torch.where(part[..., None], x[rows], 0).to(dtype) for x in (queries, keys))
+    return q, k, (q @ k.mT).masked_fill_(~part[:, None], -torch.inf)
 
 
 @torch.library.impl(LIBRARY, "info_nce", ANY_DEVICE)
 def _info_nce(queries, keys, member, offsets, host_offsets, tiles, max_length):
-    check_rows("queries", queries, host_offsets)
-    loss = queries.new_zeros(queries.shape[0], dtype=_compute_dtype(queries, keys))
-    found = torch.zeros(2, queries.shape[0], dtype=torch.bool, device=queries.device)
+    # One row more, into which goes what belongs to none.
+    num_rows = queries.shape[0]
+    loss = queries.new_zeros(num_rows + 1, dtype=_compute_dtype(queries, keys))
+    found = member.new_zeros(2, num_rows + 1)
+    own = torch.arange(max_length, device=queries.device)
     with torch.autocast(queries.device.type, enabled=False):
-        for run in _blocks(host_offsets):
-            _, _, part, scores = _scores(queries, keys, member, run)
-            own = torch.arange(run.length, device=queries.device)
+        for rows, part in _squares(member, offsets, max_length) if num_rows else ():
+            _, _, scores = _scores(queries, keys, rows, part)
             lse = scores.logsumexp(2)
-            diagonal = scores.diagonal(dim1=1, dim2=2)
-            loss[run.rows] = torch.where(part, lse - diagonal, 0).flatten()
-            found[0, run.rows] = (part & (scores.argmax(2) == own)).flatten()
+            loss[rows] = torch.where(part, lse - scores.diagonal(dim1=1, dim2=2), 0)
+            found[0, rows] = part & (scores.argmax(2) == own)
             log_p = (scores - lse[..., None]).masked_fill_(~part[..., None], -torch.inf)
-            found[1, run.rows] = (part & (log_p.argmax(1) == own)).flatten()
-    return loss, found
+            found[1, rows] = part & (log_p.argmax(1) == own)
+    return loss[:num_rows], found[:, :num_rows].contiguous()
 
 
 @torch.library.impl(LIBRARY, "info_nce_backward", ANY_DEVICE)
 def _info_nce_backward(grad, queries, keys, member, offsets, host_offsets, tiles, max_length):
-    dqueries, dkeys = queries.new_empty(queries.shape), keys.new_empty(keys.shape)
-    for run in _blocks(host_offsets):
-        q, k, part, scores = _scores(queries, keys, member, run)
-        weight = torch.where(part, grad[run.rows].to(q.dtype).unflatten(0, part.shape), 0)
+    num_rows, dim = queries.shape
+    dqueries, dkeys = (x.new_zeros(num_rows + 1, dim) for x in (queries, keys))
+    for rows, part in _squares(member, offsets, max_length) if num_rows else ():
+        q, k, scores = _scores(queries, keys, rows, part)
+        weight = torch.where(part, grad[rows.clamp(max=num_rows - 1)].to(q.dtype), 0)
         p = scores.softmax(2)
         p.diagonal(dim1=1, dim2=2).sub_(1)
         # A row without weight may have no score at all, and no probabilities.
         ds = torch.where(part[..., None], weight[..., None] * p, 0)
         ds.masked_fill_(~part[:, None], 0)
-        dqueries[run.rows] = (ds @ k).flatten(0, 1).to(queries.dtype)
-        dkeys[run.rows] = (ds.mT @ q).flatten(0, 1).to(keys.dtype)
-    for x in (dqueries, dkeys):
-        x[int(host_offsets[-1]) :].zero_()
+        dqueries[rows] = (ds @ k).to(queries.dtype)
+        dkeys[rows] = (ds.mT @ q).to(keys.dtype)
+    return dqueries[:num_rows], dkeys[:num_rows]
+
+
+# On CPUs.
+
+
+def _members(member: Tensor, host_offsets: Tensor) -> Iterator[Tensor]:
+    """Rows ``[segments, length]`` that take part, of neighbouring segments with equally many."""
+    rows = member.nonzero()[:, 0]
+    for run in equal_runs(torch.searchsorted(rows, host_offsets.to(rows.dtype))):
+        most = max(1, SCORES["cpu"] // run.length**2)
+        yield from rows[run.rows].unflatten(0, (run.count, run.length)).split(most)
+
+
+def _member_scores(queries: Tensor, keys: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and scores of some segments' rows: ``[segments, length, ...]``."""
+    dtype = _compute_dtype(queries, keys)
+    q, k = (x[rows].to(dtype) for x in (queries, keys))
+    return q, k, q @ k.mT
+
+
+@torch.library.impl(LIBRARY, "info_nce", "CPU")
+def _info_nce_cpu(queries, keys, member, offsets, host_offsets, tiles, max_length):
+    check_rows("queries", queries, host_offsets)
+    loss = queries.new_zeros(queries.shape[0], dtype=_compute_dtype(queries, keys))
+    found = member.new_zeros(2, queries.shape[0])
+    with torch.autocast("cpu", enabled=False):
+        for rows in _members(member, host_offsets):
+            _, _, scores = _member_scores(queries, keys, rows)
+            log_p, own = scores.log_softmax(2), torch.arange(rows.shape[1])
+            loss[rows] = -log_p.diagonal(dim1=1, dim2=2)
+            found[0, rows] = scores.argmax(2) == own
+            found[1, rows] = log_p.argmax(1) == own
+    return loss, found
+
+
+@torch.library.impl(LIBRARY, "info_nce_backward", "CPU")
+def _info_nce_backward_cpu(grad, queries, keys, member, offsets, host_offsets, tiles, max_length):
+    dqueries, dkeys = queries.new_zeros(queries.shape), keys.new_zeros(keys.shape)
+    for rows in _members(member, host_offsets):
+        q, k, scores = _member_scores(queries, keys, rows)
+        ds = scores.softmax(2)
+        ds.diagonal(dim1=1, dim2=2).sub_(1)
+        ds *= grad[rows][..., None]
+        dqueries[rows] = (ds @ k).to(queries.dtype)
+        dkeys[rows] = (ds.mT @ q).to(keys.dtype)
     return dqueries, dkeys
+
+
+# Shapes for tracing, autograd, cost ------------------------------------------------------------
 
 
 @torch.library.register_fake("fastast::info_nce", lib=LIBRARY)
@@ -244,8 +291,8 @@ once_differentiable("fastast::info_nce_backward")
 
 
 def _product(queries: Tensor, host_offsets: Tensor) -> int:
-    """FLOPs of a product of queries and keys. All rows of a segment are multiplied, also those
-    that take no part."""
+    """FLOPs of a product of queries and keys, as if all rows of a segment took part: which do is
+    known to the device alone."""
     lengths = host_offsets.diff().long()
     return 2 * int(lengths.square().sum()) * queries.shape[1]
 

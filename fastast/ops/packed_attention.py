@@ -24,6 +24,7 @@ rows are zero in the output and in all gradients, and never read.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -38,6 +39,7 @@ from fastast.ops._library import (
     check_choice,
     check_rows,
     check_stream,
+    dense_channels,
     equal_runs,
     once_differentiable,
     triton_kernels,
@@ -236,9 +238,9 @@ def _as_run(x: Tensor, run: Run) -> Tensor:
     return x[run.rows].unflatten(0, (run.count, run.length)).transpose(1, 2)
 
 
-def _dense_channels(x: Tensor) -> Tensor:
-    """PyTorch's CPU kernel takes neighbouring channels to be neighbours in memory."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _is_dense(runs: list[Run], rows: int) -> bool:
+    """Whether the stream is one dense batch."""
+    return len(runs) == 1 and runs[0].count * runs[0].length == rows
 
 
 def _lse_run(lse: Tensor, run: Run) -> Tensor:
@@ -278,10 +280,10 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, host_offsets: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     rows, heads, dim = q.shape
-    q, k, v = (_dense_channels(x) for x in (q, k, v))
+    q, k, v = (dense_channels(x) for x in (q, k, v))
     runs = equal_runs(host_offsets)
-    if len(runs) == 1 and runs[0].count * runs[0].length == rows:
-        # One dense batch, as of a model of fixed input size: its result is ours, uncopied.
+    if _is_dense(runs, rows):
+        # As of a model of fixed input size: its result is ours, uncopied.
         out, lse = _dense_forward(*(_as_run(x, runs[0]) for x in (q, k, v)), scale)
         return out.transpose(1, 2).flatten(0, 1).contiguous(), lse.transpose(0, 1).flatten(1)
     out = q.new_empty(rows, heads, dim)
@@ -296,26 +298,29 @@ def _forward(
     return out, lse
 
 
+def _run_gradients(run: Run, inputs: tuple[Tensor, ...], lse: Tensor, scale: float) -> Iterator:
+    """Of the queries, keys and values of a run ``[count * length, heads, head_dim]``, for
+    ``inputs``: grad_out, q, k, v, out."""
+    views = (_as_run(dense_channels(x), run) for x in inputs)
+    grads = _dense_backward(*views, _lse_run(lse, run).contiguous(), scale)
+    return (grad.transpose(1, 2).flatten(0, 1) for grad in grads)
+
+
 def _backward(
     grads: tuple[Tensor, Tensor, Tensor],
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
+    inputs: tuple[Tensor, ...],
     lse: Tensor,
-    host_offsets: Tensor,
+    runs: list[Run],
     scale: float,
 ) -> None:
     """Writes dq, dk and dv into ``grads``."""
-    grad_out, q, k, v = (_dense_channels(x) for x in (grad_out, q, k, v))
-    for run in equal_runs(host_offsets):
-        inputs = (_as_run(x, run) for x in (grad_out, q, k, v, out))
-        run_grads = _dense_backward(*inputs, _lse_run(lse, run).contiguous(), scale)
-        for grad, run_grad in zip(grads, run_grads, strict=True):
-            _as_run(grad, run).copy_(run_grad)
+    end = 0
+    for run in runs:
+        for grad, run_grad in zip(grads, _run_gradients(run, inputs, lse, scale), strict=True):
+            grad[run.rows] = run_grad
+        end = run.rows.stop
     for grad in grads:
-        grad[int(host_offsets[-1]) :].zero_()
+        grad[end:].zero_()
 
 
 @torch.library.impl(LIBRARY, "packed_attention", ANY_DEVICE)
@@ -328,8 +333,11 @@ def _attention(q, k, v, offsets, host_offsets, tiles, max_length, scale):
 def _attention_backward(
     grad_out, q, k, v, out, lse, offsets, host_offsets, tiles, max_length, scale
 ):
+    inputs, runs = (grad_out, q, k, v, out), equal_runs(host_offsets)
+    if _is_dense(runs, q.shape[0]):
+        return tuple(x.contiguous() for x in _run_gradients(runs[0], inputs, lse, scale))
     grads = tuple(q.new_empty(q.shape) for _ in range(3))
-    _backward(grads, grad_out, q, k, v, out, lse, host_offsets, scale)
+    _backward(grads, inputs, lse, runs, scale)
     return grads
 
 
@@ -344,7 +352,8 @@ def _attention_qkv_backward(
     grad_out, qkv, out, lse, offsets, host_offsets, tiles, max_length, scale
 ):
     grad = qkv.new_empty(qkv.shape)
-    _backward(grad.unbind(1), grad_out, *qkv.unbind(1), out, lse, host_offsets, scale)
+    inputs = (grad_out, *qkv.unbind(1), out)
+    _backward(grad.unbind(1), inputs, lse, equal_runs(host_offsets), scale)
     return grad
 
 

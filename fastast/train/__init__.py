@@ -6,6 +6,7 @@ from fastast.train.evaluate import Score, evaluate, evaluate_over
 from fastast.train.loop import fit
 from fastast.train.optim import OptimConfig
 from fastast.train.recipe import (
+    ASiTConfig,
     AugmentConfig,
     DataConfig,
     FrontendConfig,
@@ -18,6 +19,7 @@ from fastast.train.recipe import (
 from fastast.train.run import RunDirectory, load_model
 
 __all__ = [
+    "ASiTConfig",
     "AugmentConfig",
     "DataConfig",
     "Encoder",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
+import numpy as np
 from torch import nn
 
 from fastast.data import (
@@ -22,12 +23,24 @@ from fastast.data import (
 )
 from fastast.data.datasets import load_manifests
 from fastast.frontend import MelFrontend
-from fastast.methods import MaskedReconstruction, MaskedSpectrogramModeling, Supervised
+from fastast.methods import (
+    MaskedDistillation,
+    MaskedReconstruction,
+    MaskedSpectrogramModeling,
+    Supervised,
+)
 from fastast.models import FlexiAST, create_model, create_pretraining_model
 from fastast.nn import MelFilterbank
 from fastast.ops import Framing, hop_from_ms
 from fastast.segments import TokenBudget
-from fastast.tokens import ClusteredMask, Mask, PatchGeometry, StructuredMask, UnstructuredMask
+from fastast.tokens import (
+    GMML,
+    ClusteredMask,
+    Mask,
+    PatchGeometry,
+    StructuredMask,
+    UnstructuredMask,
+)
 from fastast.train.recipe import FILTERBANK_SETTINGS, DataConfig, Recipe
 
 PARTS = ("train", "validation", "test")
@@ -121,6 +134,8 @@ def build_method(recipe: Recipe, num_classes: int, *, multi_label: bool = False)
         return _ssast(recipe)
     if recipe.train.method == "audio_mae":
         return _audio_mae(recipe)
+    if recipe.train.method == "asit":
+        return _asit(recipe)
     return _supervised(recipe, num_classes, multi_label)
 
 
@@ -206,6 +221,46 @@ def _check_unsupervised(recipe: Recipe) -> None:
             )
 
 
+def _asit(recipe: Recipe) -> MaskedDistillation:
+    _check_unsupervised(recipe)
+    train, augment = recipe.train, recipe.augment
+    for name, value in (
+        ("train.average", train.average != "last" and train.average),
+        ("augment.mixup", augment.mixup),
+        ("frontend.fixed_seconds", recipe.frontend.fixed_seconds),
+    ):
+        if value:
+            raise ValueError(f"{name} ({value}) means nothing to train.method asit: leave it out")
+    if augment.crop_seconds is None:
+        raise ValueError(
+            "train.method asit compares two views of a clip: set augment.crop_seconds, how long "
+            "they are"
+        )
+    settings = asdict(recipe.asit)
+    corruption = GMML(**{name: settings.pop(name) for name in CORRUPTION_SETTINGS})
+    heads = {name: settings.pop(name) for name in HEAD_SETTINGS}
+    heads["as_code"] = settings.pop("heads_as_code")
+    return MaskedDistillation(
+        _build_model(recipe, partial(create_pretraining_model, **heads)),
+        _build_frontend(recipe),
+        corruption,
+        seed=train.seed,
+        **settings,
+    )
+
+
+CORRUPTION_SETTINGS = ("ratio", "alien_share", "alien_ratio", "align")
+"""What a recipe can say about ASiT's corruption."""
+
+HEAD_SETTINGS = ("hidden", "bottleneck", "local_classes", "global_classes")
+"""What it can say about the sizes of its heads."""
+
+
+def views_of(recipe: Recipe) -> int:
+    """How many parts of each clip a batch has."""
+    return 2 if recipe.train.method == "asit" else 1
+
+
 def _build_model(recipe: Recipe, create: Callable[..., nn.Module]) -> nn.Module:
     front, name = recipe.frontend, recipe.model.name
     settings = {
@@ -218,14 +273,16 @@ def _build_model(recipe: Recipe, create: Callable[..., nn.Module]) -> nn.Module:
     seconds, input_frames = front.fixed_seconds, recipe.model.input_frames
     if name.startswith("ast_") and seconds is None:
         raise ValueError(f"{name} has a fixed input length: set frontend.fixed_seconds")
-    if name.startswith("ssast_") and seconds is None and input_frames is None:
+    if name.startswith(("ssast_", "asit_")) and seconds is None and input_frames is None:
         seconds = recipe.data.max_seconds
+        if views_of(recipe) > 1:
+            seconds = max(recipe.augment.crop_seconds)
         if seconds is None:
             raise ValueError(
                 f"{name} has positions up to some length: set data.max_seconds, or "
                 "frontend.fixed_seconds"
             )
-    if name.startswith(("ast_", "flexi_ast_", "ssast_")) and seconds is not None:
+    if name.startswith(("ast_", "flexi_ast_", "ssast_", "asit_")) and seconds is not None:
         if input_frames is not None:
             raise ValueError(
                 "model.input_frames follows from frontend.fixed_seconds: set one of them alone"
@@ -328,6 +385,7 @@ def make_loader(
     seconds: float | None = None,
     compression: float | None = None,
     time_pool: int | None = None,
+    views: int | None = None,
     rank: int = 0,
     ranks: int = 1,
     fixed_shapes: bool = False,
@@ -349,6 +407,8 @@ def make_loader(
             that the recipe trains at.
         time_pool: frames that are pooled to one, if not training. Default: the least that the
             recipe trains at.
+        views: parts of each clip. Default: as many as the method compares; 1 is whole clips, if not
+            training.
         rank: of this process, out of ``ranks`` that share the clips.
         ranks: see there.
         fixed_shapes: give all batches the same shapes.
@@ -370,16 +430,16 @@ def make_loader(
         dense_frames = fixed_frames(recipe, seconds or front.fixed_seconds, shifts[0])
     framing = framing_of(recipe)
     limit = recipe.data.max_seconds if seconds is None else seconds
-    tokens = train.batch_tokens
+    tokens, views = train.batch_tokens, views or views_of(recipe)
     crop = mixup = None
+    if augment.crop_seconds is not None and (training or views > 1):
+        crop = Crop(tuple(augment.crop_seconds), augment.crop)
     patch_sizes, time_pools = [], []
     sampler = Sampler(shuffle=False)
     if training:
         patch_sizes = size_pairs(augment.patch_sizes or [])
         if len(recipe.model.time_pools) > 1:
             time_pools = recipe.model.time_pools
-        if augment.crop_seconds is not None:
-            crop = Crop(tuple(augment.crop_seconds), augment.crop)
         if augment.mixup:
             mixup = Mixup(augment.mixup, augment.mixup_alpha, augment.mixup_targets)
         sampler = Sampler(balance=recipe.data.balance, clips=recipe.data.clips_per_epoch)
@@ -390,10 +450,12 @@ def make_loader(
         rate = recipe.data.sample_rate
         samples = int(max(dataset.lengths))
         samples = samples if limit is None else min(samples, samples_in(limit, rate))
+        if crop is not None:
+            samples = int(crop.longest(np.array(samples), rate))
         hop = hop_from_ms(shifts[0], rate)
         samples = padded_samples(samples, geometry.min_frames(), framing, hop)
         frames = dense_frames or int(framing.num_frames(samples, hop))
-        tokens = max(tokens, geometry.num_tokens(frames))
+        tokens = max(tokens, views * geometry.num_tokens(frames))
     planner = Planner(
         dataset,
         geometry,
@@ -408,6 +470,7 @@ def make_loader(
         token_drop=_token_drop(recipe) if training else 0.0,
         mixup=mixup,
         sampler=sampler,
+        views=views,
         packing=Packing(
             train.packing, train.packing_window, ranks, train.accumulate if training else 1
         ),

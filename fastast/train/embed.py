@@ -91,7 +91,7 @@ def embed(
     with progress_bar(title, len(dataset), "clips") as advance:
         for begin in range(0, len(dataset), CHUNK):
             part = dataset.subset(range(begin, min(begin + CHUNK, len(dataset))))
-            loader = make_loader(recipe, part, method.model.geometry, workers=workers)
+            loader = make_loader(recipe, part, method.model.geometry, views=1, workers=workers)
             found: dict[int, Tensor] = {}
             left_out: tuple[LeftOut, ...] = ()
             for batch in loader.epoch(0):

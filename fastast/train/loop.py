@@ -386,7 +386,7 @@ class _Training:
         self._log_steps()
 
     def _train_step(self, batches: list[Batch]) -> None:
-        loss = torch.zeros((), device=self.device)
+        loss, centering = torch.zeros((), device=self.device), []
         # Counted, not planned: clips that could not be read are not there. DDP takes the mean over
         # the ranks, and the sum is wanted.
         weight = self.ranks.sum(torch.tensor(sum(map(self.loss_weight, batches))))
@@ -402,13 +402,18 @@ class _Training:
             wait = self.ranks.size > 1 and not last
             with self.forward.no_sync() if wait else contextlib.nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    part = self.forward(batch)["loss"]
-                part.backward()
-            loss = loss + part.detach()
+                    out = self.forward(batch)
+                out["loss"].backward()
+            loss = loss + out["loss"].detach()
+            if "centering" in out:
+                centering.append(out["centering"])
         norm = clip_gradients(self.method.parameters(), self.recipe.optim)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._share_statistics()
+        if centering:
+            done = self._share_done(self.epoch_step / self.loader.num_steps(self.epoch))
+            self.method.after_step(self.ranks.sum(sum(centering)), done=done)
         if isinstance(self.average, EMA):
             self.average.update(self.method.model)
         self.meter.add(loss, norm)
@@ -509,7 +514,7 @@ class _Training:
         kept = self._kept_weights()
         if kept is not None:
             self.method.model.load_state_dict(kept)
-            if self.validation is not None and self.config.average != "ema":
+            if self.validation is not None and self.config.average in ("epochs", "best"):
                 score = self._validate()
                 record = {f"validation_{name}": value for name, value in score.to_dict().items()}
                 self.log.write("final", {"epoch": self.epoch - 1, "step": self.step} | record)
@@ -527,7 +532,10 @@ class _Training:
             return evaluate(self.method, self.validation, self.device, title=title)
 
     def _kept_weights(self) -> dict[str, Tensor] | None:
-        """The average that the recipe asks for; None for the last weights."""
+        """The teacher, where there is one, or the average that the recipe asks for; None for the
+        last weights."""
+        if (teacher := getattr(self.method, "teacher", None)) is not None:
+            return teacher.state_dict()
         if isinstance(self.average, EMA) or (self.average is not None and self.average.updates):
             return self.average.weights()
         if self.best:
@@ -569,6 +577,7 @@ class _Training:
                     "data": self.identity,
                     "batches_per_step": self.loader.planner.packing.group,
                     "model": self.method.model.state_dict(),
+                    "method": self._beside_the_model(),
                     "optimizer": self.optimizer.state_dict(),
                     "schedule": self.schedule.state_dict(),
                     "stopping": self.stopping.state_dict() if self.stopping else None,
@@ -589,6 +598,13 @@ class _Training:
             self.run.keep_best(name for _, name in self.best)
         self.saved_at = time.monotonic()
 
+    def _beside_the_model(self) -> dict[str, Tensor]:
+        """What the method has learnt that is not in the model: a teacher and its centres."""
+        state = self.method.state_dict()
+        return {
+            name: x for name, x in state.items() if not name.startswith(("model.", "frontend."))
+        }
+
     def _saved_state(self, resume: bool) -> dict | None:
         exists = self.run.checkpoint_path.exists()
         if exists and not resume:
@@ -603,6 +619,7 @@ class _Training:
         classes, labels = len(self.class_names), {"multi_label": self.multi_label}
         adapted = adapt_state(state, self.whole, self.phase, classes, **labels)
         self.method.model.load_state_dict(adapted["model"])
+        self.method.load_state_dict(adapted["method"], strict=False)
         if adapted["moments"]:
             names = parameter_names(self.method, self.recipe)
             load_moments(self.optimizer, adapted["moments"], names)
@@ -622,6 +639,7 @@ class _Training:
                 "with the number of processes"
             )
         self.method.model.load_state_dict(state["model"])
+        self.method.load_state_dict(state["method"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if self.stopping is not None:

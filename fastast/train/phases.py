@@ -82,15 +82,17 @@ def adapt_state(state: dict, recipe: Recipe, number: int, num_classes: int, **op
     """What a phase takes over from the checkpoint of the one before it.
 
     Args:
-        state: of the phase before: ``model`` and ``optimizer`` are read, nothing is changed.
+        state: of the phase before: ``model``, ``method`` and ``optimizer`` are read, nothing is
+            changed.
         recipe: the whole.
         number: of the phase that is to begin.
         num_classes: of the data.
         **options: of :func:`~fastast.train.build.build_method`.
 
     Returns:
-        ``model``, weights for the new model; and ``moments``, the optimiser's state by the names
-        of the parameters, which is empty unless the phase asks for it.
+        ``model``, weights for the new model; ``method``, what its method has learnt beside them;
+        and ``moments``, the optimiser's state by the names of the parameters, which is empty unless
+        the phase asks for it.
 
     Raises:
         ValueError: weights that nothing is known about at another time resolution.
@@ -102,6 +104,7 @@ def adapt_state(state: dict, recipe: Recipe, number: int, num_classes: int, **op
     scale = _patch_ms(phase_recipe(recipe, number, 0), after) / _patch_ms(recipes[0], before)
     change = Change(scale, phase.resize)
     adapted = {"model": adapt_state_dict(state["model"], before.model, after.model, change)}
+    adapted["method"] = adapt_state_dict(state.get("method", {}), before, after, change)
     moments = {}
     if phase.keep_moments:
         names = parameter_names(before, recipes[0])

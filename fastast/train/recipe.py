@@ -233,10 +233,10 @@ class ModelConfig:
             clip draws one in each epoch of training (ElasticAST, section 3.5), and evaluation takes
             the least.
         time_pooling: ``average`` or ``max``.
-        init: pre-trained weights to start from: a run directory, a ``model.safetensors``, or a
-            ``.pth`` as SSAST's or Audio-MAE's authors publish it. Positions are adapted; FlexiAST's
-            kernel is resized, too, where it starts from a trained AST. For SSAST, AST and their
-            kind; Audio-MAE starts from Audio-MAE.
+        init: pre-trained weights to start from: a run directory, a ``model.safetensors``, or a file
+            as others publish it: of SSAST, AST, or an ImageNet ViT or DeiT. Positions are adapted;
+            FlexiAST's kernel is resized, too, where it starts from a trained AST. Audio-MAE starts
+            from Audio-MAE, and HTS-AT from nothing.
     """
 
     name: str = "elastic_ast_tiny"
@@ -356,12 +356,72 @@ class AudioMAEConfig:
 
 
 @dataclass
+class ASiTConfig:
+    """ASiT's pre-training, for ``train.method: asit``. Defaults are the paper's.
+
+    Its two views of a clip are parts of it as ``augment.crop`` says. Each counts as a clip in
+    ``train.batch_clips`` and in the log.
+
+    Args:
+        ratio: share of a view's pixels that is replaced by zeros, or lowest and highest (the code:
+            0.5 and 0.7).
+        alien_share: share of the views in which blocks of another clip are pasted instead.
+        alien_ratio: share of their pixels that is.
+        align: replaced blocks begin and end at multiples of so many mel bins and frames.
+        reconstruction_weight: of the loss on pixels (the code: 2).
+        local_weight: of the loss between patches.
+        global_weight: of the loss between views.
+        local_tokens: patches that the local loss counts: ``corrupted`` ones, or ``all`` (the code).
+        hidden: width of the hidden layers of heads and decoder.
+        bottleneck: width of what follows them.
+        local_classes: that patches are assigned to.
+        global_classes: that views are assigned to.
+        student_temp: temperature of the student.
+        teacher_temp: temperature of the teacher.
+        first_teacher_temp: the teacher's in the first epoch, if it rises.
+        teacher_temp_epochs: epochs in which it rises (the code: 30); 1 is not at all.
+        momentum: of the teacher at the beginning.
+        momentum_end: at the end, reached along a half cosine.
+        center_momentum: of the centres.
+        heads_as_code: one head for patches and views but for the last layer, and a narrower
+            decoder. The code's attention heads are ``model.num_heads`` of 64 channels each.
+    """
+
+    ratio: float | tuple[float, float] = 0.7
+    alien_share: float = 0.5
+    alien_ratio: float = 0.3
+    align: tuple[int, int] = (1, 1)
+    reconstruction_weight: float = 1.0
+    local_weight: float = 1.0
+    global_weight: float = 1.0
+    local_tokens: Literal["corrupted", "all"] = "corrupted"
+    hidden: int = 2048
+    bottleneck: int = 256
+    local_classes: int = 1024
+    global_classes: int = 8192
+    student_temp: float = 0.1
+    teacher_temp: float = 0.07
+    first_teacher_temp: float = 0.04
+    teacher_temp_epochs: int = 1
+    momentum: float = 0.996
+    momentum_end: float = 1.0
+    center_momentum: float = 0.9
+    heads_as_code: bool = False
+
+    def __post_init__(self) -> None:
+        check_choices(self, "asit")
+        self.align = tuple(self.align)  # YAML has lists
+        if not isinstance(self.ratio, int | float):
+            self.ratio = tuple(self.ratio)
+
+
+@dataclass
 class TrainConfig:
     """The run.
 
     Args:
         method: what is learnt: the clips' classes (``supervised``), or, without labels, masked
-            patches (``ssast``, ``audio_mae``).
+            patches (``ssast``, ``audio_mae``), or what a teacher makes of whole views (``asit``).
         epochs: passes over the training clips.
         max_steps: stop after this many optimiser steps, if sooner.
         max_tokens: stop after this many tokens have been seen, if sooner.
@@ -396,7 +456,7 @@ class TrainConfig:
         log_clips: log which clips each step has seen.
     """
 
-    method: Literal["supervised", "ssast", "audio_mae"] = "supervised"
+    method: Literal["supervised", "ssast", "audio_mae", "asit"] = "supervised"
     epochs: int = 20
     max_steps: int | None = None
     max_tokens: int | None = None
@@ -530,6 +590,7 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     ssast: SSASTConfig = field(default_factory=SSASTConfig)
     audio_mae: AudioMAEConfig = field(default_factory=AudioMAEConfig)
+    asit: ASiTConfig = field(default_factory=ASiTConfig)
     phases: list[PhaseConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:

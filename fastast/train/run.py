@@ -252,4 +252,6 @@ def load_model(path: str | os.PathLike) -> tuple[nn.Module, Recipe, list[str]]:
     multi_label = json.loads(metadata["multi_label"])
     method = build_method(recipe, len(class_names), multi_label=multi_label)
     method.model.load_state_dict(weights)
+    if hasattr(method, "restart_teacher"):  # of which these are the weights
+        method.restart_teacher()
     return method.eval(), recipe, class_names

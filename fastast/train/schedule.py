@@ -8,18 +8,13 @@ validation metric, and how often it has cut the learning rate.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 
+from fastast.schedules import cosine
 from fastast.train.optim import OptimConfig
 from fastast.train.stopping import EarlyStopping
-
-
-def cosine(start: float, end: float, share: float) -> float:
-    """Half a cosine from ``start`` at share 0 to ``end`` at share 1."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 class Schedule:

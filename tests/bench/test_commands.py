@@ -3,17 +3,22 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import sanitize, stages
+from bench import profile, sanitize, stages
 from bench.__main__ import main
 from bench.cases import packed_attention
 from bench.peers.attention import sdpa_attention
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "gpu_run.sh"
+KERNELS = ("packed_attention", "segment_pool", "window_attention", "distillation_cross_entropy")
+"""Operators with kernels in Triton."""
 
 
 @pytest.mark.parametrize(
@@ -81,8 +86,22 @@ def test_torch_numpy_and_triton_are_enough():
 def test_what_the_sanitizer_watches_is_right_where_it_can_be_checked(capsys):
     sanitize.main([])
     printed = capsys.readouterr().out
-    for name in ("mel_filterbank, int16 to bfloat16", "packed_attention, long", "segment_pool"):
+    for name in ("mel_filterbank, int16 to bfloat16", "packed_attention, long", *KERNELS):
         assert name in printed
+
+
+def test_all_kernels_are_profiled():
+    assert {name.split(",")[0] for name in profile.STEPS} == {"mel_filterbank", *KERNELS}
+
+
+@pytest.mark.parametrize("name", ["window_attention, Audio-MAE decoder", "segment_pool, length 16"])
+def test_what_is_profiled_runs(name, monkeypatch):
+    """On few clips, on a CPU."""
+    make = profile.STEPS[name]
+    monkeypatch.setattr(profile, "GPU_TOKENS", 64)
+    if isinstance(make.args[0], profile.Grid):
+        make = partial(make.func, replace(make.args[0], clips=1, heads=2))
+    assert all(x.isfinite().all() for x in make(torch.device("cpu"))())
 
 
 def test_the_gpu_script_is_bash():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastast import AST, SSAST, ElasticAST, Spectrograms
+from fastast import AST, SSAST, ASiT, ElasticAST, Spectrograms
 
 CLASSES, MELS = 5, 16
 SIZE = {"num_mels": MELS, "patch_size": (4, 4), "dim": 24, "depth": 2, "num_heads": 3}
@@ -12,6 +12,7 @@ MODELS = {
     "elastic-attention": lambda: ElasticAST(CLASSES, max_time_patches=16, **SIZE),
     "elastic-mean": lambda: ElasticAST(CLASSES, max_time_patches=16, pool="mean", **SIZE),
     "ast": lambda: AST(CLASSES, input_frames=40, stride=(4, 3), **SIZE),
+    "asit": lambda: ASiT(CLASSES, input_frames=40, stride=(4, 3), **SIZE),
     "ssast-mean": lambda: SSAST(CLASSES, input_frames=40, stride=(4, 3), **SIZE),
     "ssast-cls": lambda: SSAST(CLASSES, input_frames=40, stride=(4, 3), pool="cls", **SIZE),
 }
@@ -33,6 +34,8 @@ def pooled(model: nn.Module, clip: torch.Tensor) -> torch.Tensor:
         return model.norm(tokens[2:].mean(0))
     if isinstance(model, AST | SSAST):
         return model.norm(tokens[:2].mean(0))
+    if isinstance(model, ASiT):
+        return model.norm(tokens[0])
     return model.norm(model.pool(tokens, grid.segments))[0]
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from fastast import (
     AST,
     SSAST,
+    ASiT,
+    ASiTPretraining,
     AudioMAE,
     ElasticAST,
     FlexiAST,
@@ -35,6 +37,7 @@ MODELS = {
     "ssast-mean": lambda: SSAST(CLASSES, input_frames=40, stride=(4, 3), **SIZE),
     "ssast-cls": lambda: SSAST(CLASSES, input_frames=40, stride=(4, 4), pool="cls", **SIZE),
     "audio-mae": lambda: AudioMAE(CLASSES, drop_path=0.0, **SIZE),
+    "asit": lambda: ASiT(CLASSES, input_frames=40, stride=(4, 3), **SIZE),
     "flexi": lambda: FlexiAST(CLASSES, input_frames=40, **SIZE),
 }
 
@@ -224,10 +227,23 @@ def test_ssast_by_name(size):
         assert torch.equal(model.patch_embed.proj.weight, pretraining.patch_embed.proj.weight)
 
 
+@pytest.mark.parametrize("size, heads", [("small", 3), ("base", 6)])
+def test_asit_by_name(size, heads):
+    model = create_model(f"asit_{size}", num_classes=7, depth=1)
+    pretraining = create_pretraining_model(f"asit_{size}", depth=1)
+    assert isinstance(model, ASiT) and isinstance(pretraining, ASiTPretraining)
+    assert model.positions.grid == (12, 101) and pretraining.positions.grid == (8, 37)
+    assert pretraining.trunk.blocks[0].attn.num_heads == heads
+    assert pretraining.local_classes.weight.shape == (1024, 256)
+    assert pretraining.global_classes.weight.shape == (8192, 256)
+    model.start_from(pretraining)
+    assert torch.equal(model.patch_embed.proj.weight, pretraining.patch_embed.proj.weight)
+
+
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: create_model("resnet", 5), "name must be one of ast_base, .*got 'resnet'"),
+        (lambda: create_model("resnet", 5), "name must be one of asit_base, .*got 'resnet'"),
         (lambda: create_pretraining_model("ast_tiny"), "to pre-train without .*got 'ast_tiny'"),
         (lambda: ElasticAST(5, pool="max"), "pool must be 'attention' or 'mean', got 'max'"),
         (lambda: SSAST(5, pool="max"), "pool must be 'mean' or 'cls', got 'max'"),

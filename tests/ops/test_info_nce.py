@@ -16,6 +16,7 @@ from tests.testing import (
     poisoned_memory,
 )
 
+module = sys.modules["fastast.ops.info_nce"]
 DIM = 24
 WITH_ROWS = {name: g for name, g in GEOMETRIES.items() if g.used}
 every_geometry = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
@@ -56,13 +57,32 @@ def test_equals_reference(geometry, share):
     assert torch.equal(found.found_query, expected.found_query)
 
 
+@every_geometry
+@pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
+def test_other_devices_read_their_own_tables_alone(geometry, share, monkeypatch):
+    """Their kernels on a CPU, some segments at a time and without offsets of the host."""
+    inputs, member, grad = inputs_of(geometry, share=share)
+    offsets, host_offsets, tiles, max_length = table = tables(geometry.segments)
+    loss, found = torch.ops.fastast.info_nce(*inputs, member, *table)
+    gradients = torch.ops.fastast.info_nce_backward(grad, *inputs, member, *table)
+    for x in (*inputs, grad):
+        x[~member] = torch.nan
+    monkeypatch.setattr(module, "SCORES", {"cpu": 2 * max_length**2})
+    table = offsets, None, tiles, max_length
+    with poisoned_memory():
+        actual_loss, actual_found = module._info_nce(*inputs, member, *table)
+        actual = module._info_nce_backward(grad, *inputs, member, *table)
+    assert torch.equal(actual_found, found)
+    for x, y in zip((actual_loss, *actual), (loss, *gradients), strict=True):
+        assert x.is_contiguous()
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
 def test_blocks_of_any_size(monkeypatch):
     geometry = Geometry.of([6, 6, 6, 6, 6, 3])
     inputs, member, grad = inputs_of(geometry)
     whole = forward_and_gradients(loss_of(geometry, member), inputs, grad)
-    monkeypatch.setattr(
-        sys.modules["fastast.ops.info_nce"], "SCORES", 80
-    )  # two segments of six at a time
+    monkeypatch.setattr(module, "SCORES", {"cpu": 80})  # two segments of six at a time
     parts = forward_and_gradients(loss_of(geometry, member), inputs, grad)
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
 

@@ -72,10 +72,12 @@ def test_recipe_trains(path, setting, tones, tmp_path):
     small = {"dim": 16, "depth": 1, "num_heads": 1}
     if family == "hts_at":
         small = {"dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}
-    recipe.model = replace(recipe.model, name=f"{family}_tiny", init=None, **small)
+    size = "small" if family == "asit" else "tiny"
+    recipe.model = replace(recipe.model, name=f"{family}_{size}", init=None, **small)
     recipe.audio_mae = replace(
         recipe.audio_mae, decoder_dim=16, decoder_depth=2, decoder_heads=1, decoder_global=1
     )
+    recipe.asit = replace(recipe.asit, hidden=16)
     recipe.train = replace(recipe.train, max_steps=2, max_tokens=None, batch_clips=2, device="cpu")
     fit(recipe, tmp_path, quiet=True)
     phases = RunDirectory(tmp_path).metrics("phase")

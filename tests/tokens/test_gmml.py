@@ -7,7 +7,7 @@ import torch
 from fastast import Segments, Spectrograms, TokenBudget
 from fastast.random import random_bits
 from fastast.tokens import GMML, PatchGeometry, corrupted_share
-from fastast.tokens.gmml import FILLS, _another
+from fastast.tokens.gmml import FILLS, another_clip
 from tests.testing import poisoned_memory, ragged
 
 KEYS = {"seed": 3, "epoch": 5}
@@ -215,13 +215,13 @@ def test_partners_are_uniform_among_the_others():
     lengths = torch.tensor([3, 0, 5, 1, 0, 2])
     counts = torch.zeros(6, 6)
     for bits in random_bits(0, 0, torch.arange(2000), "test", 6):
-        counts[torch.arange(6), _another(lengths, bits)] += 1
+        counts[torch.arange(6), another_clip(lengths, bits)] += 1
     for clip in (0, 2, 3, 5):
         others = [other for other in (0, 2, 3, 5) if other != clip]
         assert counts[clip, others].sum() == 2000
         assert ((counts[clip, others] - 2000 / 3).abs() < 5 * (2000 * 2 / 9) ** 0.5).all()
     alone = torch.tensor([0, 4, 0])
-    assert _another(alone, torch.arange(3))[1] == 1
+    assert another_clip(alone, torch.arange(3))[1] == 1
 
 
 @pytest.mark.parametrize("fill", ["noise", "time_stripes", "freq_stripes"])

@@ -43,8 +43,9 @@ def pair(recipe):
 
 
 def phased(recipe):
-    """A coarse phase, then a fine one that keeps the optimiser's moments."""
-    recipe.phases = [PhaseConfig(compression=2, epochs=1), PhaseConfig(epochs=1, keep_moments=True)]
+    """A phase that glides, then a fine one that keeps the optimiser's moments."""
+    glide = PhaseConfig(compression=4, to=2, epochs=2)
+    recipe.phases = [glide, PhaseConfig(epochs=1, keep_moments=True)]
 
 
 def flexible(recipe):

@@ -13,6 +13,7 @@ from torch.optim import lr_scheduler
 
 from fastast.train.optim import OptimConfig, make_optimizer
 from fastast.train.schedule import Schedule, cosine
+from tests.ssl_golden import SslGolden
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 
@@ -112,6 +113,21 @@ def test_asit():
     same(found[:warm], 2.5e-4 * np.arange(warm) / warm)
     decay = 0.4 + 0.5 * (0.04 - 0.4) * (1 + np.cos(np.pi * np.arange(total) / total))
     same([Schedule(config).weight_decay(done=j / total) for j in range(total)], decay)
+
+
+def test_asit_s_code(shared_dir):
+    fixture = SslGolden(shared_dir, "asit_schedules")
+    config, steps = preset("ASiT"), 100
+    settings = fixture.case["constructor_args"]
+    decays = [Schedule(config).weight_decay(done=index / 10000) for index in range(10000)]
+    fixture.check("weight_decay", np.array(decays)[settings["weight_decay"]["indices"]])
+    # Its warm-up ends at the peak, a step before ours does.
+    stored, indices = fixture.arrays["lr"], np.array(settings["lr"]["indices"])
+    found = np.array(rates(config, 100, steps))[indices]
+    after = indices >= 10 * steps
+    assert after.sum() == 4
+    np.testing.assert_allclose(found[after], stored[after], rtol=1e-9)
+    np.testing.assert_allclose(found[~after], stored[~after] * 999 / 1000, rtol=1e-9)
 
 
 @pytest.mark.parametrize(
