@@ -95,7 +95,7 @@ class FlexiAST(AST):
 
         Args:
             other: with a trunk of the same size: an AST of patches of any size, such as 8 x 8 or
-                16 x 16; or a ViT or SSAST with this model's.
+                16 x 16; or another ViT with this model's.
 
         Raises:
             ValueError: class tokens, patches or trunk of another number or size.
