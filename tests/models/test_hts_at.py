@@ -174,7 +174,7 @@ def test_fold_that_does_not_fit_says_so():
         with pytest.raises(ValueError, match=message):
             FoldGeometry(**({"num_mels": 16, "patch_size": (4, 4), "windows": (4,) * 3} | settings))
     geometry = FoldGeometry(MELS, (4, 4), chunk_frames=32, windows=(4, 4))
-    with pytest.raises(ValueError, match="keeps all of its patches"):
+    with pytest.raises(ValueError, match="keeps all of its frames and patches"):
         geometry.grid([20], keep=[torch.arange(3).numpy()])
     with pytest.raises(ValueError, match=r"frames must be \[rows, 16\]"):
         fold_patches(torch.zeros(20, 17), geometry.grid([20]))
