@@ -298,7 +298,9 @@ def _forward(
     return out, lse
 
 
-def _run_gradients(run: Run, inputs: tuple[Tensor, ...], lse: Tensor, scale: float) -> Iterator:
+def _run_gradients(
+    run: Run, inputs: tuple[Tensor, ...], lse: Tensor, scale: float
+) -> Iterator[Tensor]:
     """Of the queries, keys and values of a run ``[count * length, heads, head_dim]``, for
     ``inputs``: grad_out, q, k, v, out."""
     views = (_as_run(dense_channels(x), run) for x in inputs)
