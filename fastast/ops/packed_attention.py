@@ -302,8 +302,8 @@ def _run_gradients(
     run: Run, inputs: tuple[Tensor, ...], lse: Tensor, scale: float
 ) -> Iterator[Tensor]:
     """Of the queries, keys and values of a run ``[count * length, heads, head_dim]``, for
-    ``inputs``: grad_out, q, k, v, out."""
-    views = (_as_run(dense_channels(x), run) for x in inputs)
+    ``inputs``: grad_out, q, k, v, out, with dense channels."""
+    views = (_as_run(x, run) for x in inputs)
     grads = _dense_backward(*views, _lse_run(lse, run).contiguous(), scale)
     return (grad.transpose(1, 2).flatten(0, 1) for grad in grads)
 
@@ -335,7 +335,8 @@ def _attention(q, k, v, offsets, host_offsets, tiles, max_length, scale):
 def _attention_backward(
     grad_out, q, k, v, out, lse, offsets, host_offsets, tiles, max_length, scale
 ):
-    inputs, runs = (grad_out, q, k, v, out), equal_runs(host_offsets)
+    inputs = tuple(dense_channels(x) for x in (grad_out, q, k, v, out))
+    runs = equal_runs(host_offsets)
     if _is_dense(runs, q.shape[0]):
         return tuple(x.contiguous() for x in _run_gradients(runs[0], inputs, lse, scale))
     grads = tuple(q.new_empty(q.shape) for _ in range(3))
@@ -354,7 +355,7 @@ def _attention_qkv_backward(
     grad_out, qkv, out, lse, offsets, host_offsets, tiles, max_length, scale
 ):
     grad = qkv.new_empty(qkv.shape)
-    inputs = (grad_out, *qkv.unbind(1), out)
+    inputs = tuple(dense_channels(x) for x in (grad_out, *qkv.unbind(1), out))
     _backward(grad.unbind(1), inputs, lse, equal_runs(host_offsets), scale)
     return grad
 
