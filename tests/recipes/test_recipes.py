@@ -55,10 +55,10 @@ def test_recipe_builds(path, setting):
         methods = [
             build_method(phase_recipe(recipe, number), 3) for number in range(len(phases) or 1)
         ]
-    state = {"model": methods[0].model.state_dict()}
+    state = {"model": methods[0].model.state_dict(), "optimizer": {"state": {}}}
     assert sum(value.numel() for value in state["model"].values()) > 0
     for number, method in enumerate(methods[1:], start=1):
-        state = adapt_state(state, recipe, number, 3)
+        state |= adapt_state(state, recipe, number, 3)
         method.model.load_state_dict(state["model"], assign=True)
 
 
