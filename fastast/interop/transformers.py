@@ -17,7 +17,7 @@ _ROOT = "audio_spectrogram_transformer."
 _EMBEDDINGS = f"{_ROOT}embeddings."
 _PATCHES = f"{_EMBEDDINGS}patch_embeddings.projection."
 
-_TO_FIRST_NAMES = (
+_TO_OUR_NAMES = (
     (r"^encoder\.layer\.", "layers."),
     (r"\.attention\.attention\.(query|key|value)\.", r".\1."),
     (r"\.attention\.q_proj\.", ".query."),
@@ -57,7 +57,7 @@ def from_state_dict(weights: dict[str, Tensor], config: dict) -> AST:
         if not key.startswith(_ROOT) or key.startswith(_EMBEDDINGS):
             continue
         name = key.removeprefix(_ROOT)
-        for pattern, ours in _TO_FIRST_NAMES:
+        for pattern, ours in _TO_OUR_NAMES:
             name = re.sub(pattern, ours, name)
         found = re.fullmatch(r"(trunk\.blocks\.\d+)\.(query|key|value)\.(weight|bias)", name)
         if found:

@@ -123,6 +123,11 @@ def measure(run: Experiment, root: Path, runs: Path) -> dict:
     }
 
 
+def baseline_of(kind: str) -> str:
+    """What runs of a kind are compared with: the family's own."""
+    return f"{kind.partition('-')[0]}-baseline"
+
+
 class Comparison:
     """Runs of one setting beside the baselines with the same seed and speaker.
 
@@ -178,13 +183,11 @@ def signed(values: np.ndarray) -> str:
     return text if text.startswith("-") and values.mean().round(2) < 0 else f"+{text.lstrip('-')}"
 
 
-def comparison_table(
-    runs: list[dict], names: dict[str, str], baselines: dict[str, str], left_out: bool = False
-) -> str:
+def comparison_table(runs: list[dict], names: dict[str, str], left_out: bool = False) -> str:
     """A row for each setting."""
     rows = []
     for kind, label in names.items():
-        baseline = baselines[kind]
+        baseline = baseline_of(kind)
         found = Comparison(runs, kind, baseline, left_out)
         cells = [""] * 3
         if kind != baseline:
@@ -198,8 +201,6 @@ def comparison_table(
 def report(results: dict) -> None:
     """Writes the page and its figure."""
     runs, machine = results["runs"], results["run"]["machine"]
-    to_ast = dict.fromkeys(AST, BASELINE)
-    to_own = {kind: f"{kind.split('-')[0]}-baseline" for kind in BEYOND | OTHERS}
     longest = max(sum(run["seconds"]) for run in runs)
 
     rows = []
@@ -233,14 +234,14 @@ keeps the weights of its best epoch on validation, and reads the test set once, 
 
 300 test clips, {SEEDS} seeds. Savings are those of whole runs.
 
-{comparison_table(runs, AST, to_ast)}
+{comparison_table(runs, AST)}
 
 ## A speaker never heard
 
 The test set is the 500 clips of one speaker, of whom training hears nothing; each of six speakers
 once. The standard deviation is therefore that of speakers, and what matters is the difference.
 
-{comparison_table(runs, AST, to_ast, left_out=True)}
+{comparison_table(runs, AST, left_out=True)}
 
 ![Accuracy over compute](figures/{FIGURE.name})
 
@@ -260,20 +261,20 @@ the baseline have 22 epochs. The optimiser's running means go on from phase to p
 shift falls by the same ratio from each epoch to the next; each clip draws one of four frame shifts
 anew in each epoch.
 
-{comparison_table(runs, BEYOND, to_own)}
+{comparison_table(runs, BEYOND)}
 
 ## HTS-AT and SSAST
 
 Official split, {SEEDS} seeds; each against its own baseline. SSAST is pre-trained without labels,
 in phases or not, and then learns the digits in the same way; savings are those of pre-training.
 
-{comparison_table(runs, OTHERS, to_own)}
+{comparison_table(runs, OTHERS)}
 """)
-    _draw(runs, to_ast)
+    _draw(runs)
     print(f"Wrote {PAGE.relative_to(REPOSITORY)} and {FIGURE.relative_to(REPOSITORY)}")
 
 
-def _draw(runs: list[dict], baselines: dict[str, str]) -> None:
+def _draw(runs: list[dict]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -284,7 +285,7 @@ def _draw(runs: list[dict], baselines: dict[str, str]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharex=True)
     for axis, left_out in zip(axes, (False, True), strict=True):
         for index, (kind, label) in enumerate(AST.items()):
-            found = Comparison(runs, kind, baselines[kind], left_out)
+            found = Comparison(runs, kind, BASELINE, left_out)
             reference = Comparison(runs, BASELINE, BASELINE, left_out)
             compute = 100 * (found.flops / reference.flops).mean()
             setting = kind.removeprefix("ast-")

@@ -121,7 +121,7 @@ def test_normalised_spectrograms(golden):
     decibels = from_reference(weights, "hts_at", {"fit": "pad"}).double()
     normal = from_reference(weights, "hts_at", {"fit": "pad", "mean": -30.0, "std": 10.0}).double()
     found = normal((clip + 30) / 20)
-    torch.testing.assert_close(found, decibels(clip), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, decibels(clip), rtol=1e-5, atol=1e-6)
 
 
 def test_what_cannot_be_converted_says_so(golden):
