@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fastast.models import flops
 from fastast.models.flops import Flops
-from fastast.models.grid_vit import mean_of_patches
+from fastast.models.grid_vit import mean_of_patches, take_over
 from fastast.models.registry import register_model
 from fastast.models.vit import TRUNK_SIZES, Block, Mlp, PatchEmbed, Trunk, TrunkSize, as_stream
 from fastast.nn import ContinuousPositionBias, WindowAttention
@@ -210,7 +210,6 @@ class AudioMAE(AudioMAEEncoder):
         head = flops.linear(clips, self.head.in_features, self.head.out_features)
         return self.encoding_flops(tokens) + Flops(head, 0)
 
-    @torch.no_grad()
     def start_from(self, other: AudioMAE | AudioMAEPretraining) -> None:
         """Takes over embedding, class token and blocks. Norm and classifier stay as they are.
 
@@ -234,17 +233,8 @@ class AudioMAE(AudioMAEEncoder):
                 "pre-training: use the same positions"
             )
         parts = ("patch_embed.", "prefix", "trunk.blocks.")
-        weights, own = (
-            {name: value for name, value in model.state_dict().items() if name.startswith(parts)}
-            for model in (other, self)
-        )
-        for name in sorted(weights.keys() | own.keys()):
-            if name not in weights or name not in own or weights[name].shape != own[name].shape:
-                raise ValueError(
-                    f"{name} is not as in the pre-trained weights: the trunk must be of the same "
-                    "dim, depth and num_heads"
-                )
-        self.load_state_dict(weights, strict=False)
+        weights = {name: v for name, v in other.state_dict().items() if name.startswith(parts)}
+        take_over(self, weights, new=("trunk.norm.", "norm.", "head."))
 
 
 class WindowBlock(nn.Module):
